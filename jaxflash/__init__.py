@@ -1,0 +1,9 @@
+"""Attention for JAX: exact, with memory linear in the sequence, every option differentiable."""
+
+from jaxflash.api import dot_product_attention, explain, merge
+from jaxflash.dispatch import Explanation
+from jaxflash.vjp import CHECKPOINT_NAMES
+
+__version__ = "0.1.0"
+
+__all__ = ["CHECKPOINT_NAMES", "Explanation", "dot_product_attention", "explain", "merge"]

@@ -1,0 +1,231 @@
+"""The public functions."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, Int32, Shaped
+
+from jaxflash import checks, dispatch, vjp
+from jaxflash.arguments import canonicalize
+from pallas_kernels import spec
+
+ScoreMod = Callable[[Any, Any, Any, Any, Any], Any]
+MaskMod = Callable[[Any, Any, Any, Any], Any]
+Implementation = Literal["xla", "reference"]
+
+
+def dot_product_attention(
+    query: Float[ArrayLike, "*B T N H"],
+    key: Float[ArrayLike, "*B S K H"],
+    value: Float[ArrayLike, "*B S K Hv"],
+    bias: Float[ArrayLike, "..."] | None = None,
+    mask: Bool[ArrayLike, "..."] | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: Int32[ArrayLike, "*B"] | None = None,
+    key_value_seq_lengths: Int32[ArrayLike, "*B"] | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: Implementation | None = None,
+    return_residual: bool = False,
+    query_offset: int | Int32[ArrayLike, "*B"] = 0,
+    query_segment_ids: Int32[ArrayLike, "*B T"] | None = None,
+    key_value_segment_ids: Int32[ArrayLike, "*B S"] | None = None,
+    logits_soft_cap: float | None = None,
+    alibi_slopes: Float[ArrayLike, "N"] | None = None,
+    sinks: Float[ArrayLike, "N"] | None = None,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: Shaped[ArrayLike, "..."] | None = None,
+    precision: jax.lax.Precision | str | None = None,
+    deterministic: bool = False,
+) -> Any:
+    r"""Scaled dot-product attention, a superset of ``jax.nn.dot_product_attention``.
+
+    For each head, with ``i`` the position of a query row and ``j`` a key,
+
+    .. math:: o_i = \sum_j \mathrm{softmax}_j(s_{ij})\, v_j, \qquad
+              s_{ij} = f(\mathrm{scale}\; q_i \cdot k_j + \mathrm{bias}_{ij}),
+
+    where ``f`` is the soft cap, then ALiBi, then ``score_mod``, and the softmax runs over the keys
+    that are visible: all masks are ANDed. Logits and softmax are float32 (float64 for float64
+    inputs). The [T, S] matrix is never stored.
+
+    A row that sees no key gives output 0, lse -inf and zero gradients (``jax.nn`` gives the mean
+    of the values). Keys that nobody sees contribute nothing even when they hold NaN.
+
+    Args:
+      query: ``[*B, T, N, H]``, any number of batch axes; bfloat16, float16, float32 or float64.
+      key: ``[*B, S, K, H]``; K divides N, each key-value head serves N // K query heads.
+      value: ``[*B, S, K, Hv]``.
+      bias: floating, broadcastable to ``[*B, N, T, S]``; added to the scaled logits. Its gradient
+        is exact for every broadcast shape, summed in float32.
+      mask: boolean, broadcastable to ``[*B, N, T, S]``; True where a key is visible.
+      scale: of the logits; ``H ** -0.5`` by default.
+      is_causal: position i sees keys j <= i.
+      query_seq_lengths: int32 ``[*B]``; rows from there on see nothing.
+      key_value_seq_lengths: int32 ``[*B]``; keys from there on are seen by nobody.
+      local_window_size: ``(left, right)``, or an int for both: position i sees keys
+        ``i - left <= j <= i + right``.
+      implementation: None picks the fastest backend that supports the call; a name (``"xla"``,
+        ``"reference"``) insists on one and raises its reason if it refuses.
+      return_residual: also return the lse.
+      query_offset: position of query row 0 on the key axis, int or int32 ``[]`` or ``[*B]``; 0 by
+        default. ``S - T`` makes causal attention bottom-right aligned.
+      query_segment_ids: int32 ``[*B, T]``; a row sees the keys of its own segment.
+      key_value_segment_ids: int32 ``[*B, S]``; goes with ``query_segment_ids``.
+      logits_soft_cap: logits become ``cap * tanh(s / cap)``.
+      alibi_slopes: floating ``[N]``; ``slope * |i - j|`` is subtracted. Differentiable.
+      sinks: floating ``[N]``; one logit a head that takes weight and has no value. Differentiable.
+      score_mod: ``score_mod(score, b, h, q_idx, kv_idx) -> score``, written for scalars in plain
+        jnp; ``b`` counts the flattened batch, ``q_idx`` is the position (row + query_offset). It
+        may capture arrays, and they receive gradients.
+      mask_mod: ``mask_mod(b, h, q_idx, kv_idx) -> bool``, True where visible; may capture arrays.
+      dropout_rate: probabilities are dropped with this rate, in [0, 1), the others divided by
+        ``1 - rate``. The mask depends only on the key and on (b, h, position, key index).
+      dropout_key: a key of ``jax.random``; required when the rate is positive.
+      precision: of the matrix products, a ``jax.lax.Precision`` or its name.
+      deterministic: bitwise equal gradients from run to run, whatever that costs.
+
+    Returns:
+      The output ``[*B, T, N, Hv]`` in the query's dtype. With ``return_residual``, a pair with the
+      lse ``[*B, T, N]``, the natural log-sum-exp of each row's logits (its sink included), float32
+      (float64 for float64 inputs) and differentiable.
+
+    Raises:
+      ValueError, TypeError: an argument is wrong, or the implementation asked for refuses; the
+        message names the argument, what was passed, and a remedy.
+
+    Example:
+      >>> import jax, jaxflash
+      >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 128, 4, 64))
+      >>> jaxflash.dot_product_attention(q, k, v, is_causal=True).shape
+      (2, 128, 4, 64)
+
+    Source: Dao et al., "FlashAttention" (2022); Dao, "FlashAttention-2" (2023). ``score_mod`` and
+    ``mask_mod`` follow Dong et al., "FlexAttention" (2024).
+    """
+    dispatch.check_name(implementation)
+    checks.flag("return_residual", return_residual)
+    problem, operands = canonicalize(
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        scale=scale,
+        is_causal=is_causal,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+        query_offset=query_offset,
+        query_segment_ids=query_segment_ids,
+        key_value_segment_ids=key_value_segment_ids,
+        logits_soft_cap=logits_soft_cap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        score_mod=score_mod,
+        mask_mod=mask_mod,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+        precision=precision,
+        deterministic=deterministic,
+    )
+    out, lse = vjp.attention(dispatch.select(problem, implementation), problem, operands)
+    batch = jnp.shape(query)[:-3]
+    out, lse = (x if len(batch) == 1 else x.reshape(*batch, *x.shape[1:]) for x in (out, lse))
+    return (out, lse) if return_residual else out
+
+
+def explain(
+    query: Any,
+    key: Any,
+    value: Any,
+    bias: Any = None,
+    mask: Any = None,
+    *,
+    implementation: Implementation | None = None,
+    return_residual: bool = False,
+    **options: Any,
+) -> dispatch.Explanation:
+    """Which backend would run ``dot_product_attention`` with these arguments, and why.
+
+    Args:
+      query: as for ``dot_product_attention``; a ``jax.ShapeDtypeStruct`` will do for any array.
+      key: likewise.
+      value: likewise.
+      bias: likewise.
+      mask: likewise.
+      implementation: as there.
+      return_residual: as there; no backend minds.
+      **options: every other option of ``dot_product_attention``.
+
+    Returns:
+      The name of the backend that runs and each backend's refusal; ``str`` of it is a table.
+
+    Raises:
+      ValueError, TypeError: as ``dot_product_attention``, but not when a backend refuses.
+
+    Example:
+      >>> import jax, jaxflash
+      >>> x = jax.ShapeDtypeStruct((2, 128, 4, 64), "bfloat16")
+      >>> print(jaxflash.explain(x, x, x, is_causal=True))
+      xla        runs
+      reference  would run if asked for
+    """
+    del return_residual
+    given = {"query": query, "key": key, "value": value, "bias": bias, "mask": mask, **options}
+    abstract = {k: x for k, x in given.items() if isinstance(x, jax.ShapeDtypeStruct)}
+    concrete = {k: x for k, x in given.items() if k not in abstract}
+    problems = []
+
+    def record(arrays: dict[str, Any]) -> None:
+        problems.append(canonicalize(**concrete, **arrays)[0])
+
+    jax.eval_shape(record, abstract)
+    return dispatch.explain(problems[0], implementation)
+
+
+def merge(
+    out_a: Float[Array, "*B T N Hv"],
+    lse_a: Float[Array, "*B T N"],
+    out_b: Float[Array, "*B T N Hv"],
+    lse_b: Float[Array, "*B T N"],
+) -> tuple[Float[Array, "*B T N Hv"], Float[Array, "*B T N"]]:
+    r"""The attention over two disjoint sets of keys, from the attention over each.
+
+    .. math:: \mathrm{lse} = \log(e^{\mathrm{lse}_a} + e^{\mathrm{lse}_b}), \qquad
+              o = e^{\mathrm{lse}_a - \mathrm{lse}} o_a + e^{\mathrm{lse}_b - \mathrm{lse}} o_b
+
+    Args:
+      out_a: output over the first set, ``[*B, T, N, Hv]``.
+      lse_a: its lse, ``[*B, T, N]``, -inf for rows that saw no key.
+      out_b: output over the second set.
+      lse_b: its lse.
+
+    Returns:
+      Output in the dtype of ``out_a`` and lse. Associative up to rounding; differentiable.
+
+    Raises:
+      ValueError: the shapes differ.
+
+    Example:
+      >>> import jax, jaxflash
+      >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 8, 2, 16))
+      >>> def part(keys):
+      ...     return jaxflash.dot_product_attention(q, k[:, keys], v[:, keys], return_residual=True)
+      >>> out, lse = jaxflash.merge(*part(slice(0, 5)), *part(slice(5, 8)))
+      >>> bool(abs(out - jaxflash.dot_product_attention(q, k, v)).max() < 1e-6)
+      True
+
+    Source: Liu et al., "Ring Attention" (2023), section 3.
+    """
+    checks.shaped("out_b", out_b, out_a.shape, "that of out_a")
+    checks.shaped("lse_a", lse_a, out_a.shape[:-1], "[*B, T, N]")
+    checks.shaped("lse_b", lse_b, out_a.shape[:-1], "[*B, T, N]")
+    raised = (out_a.astype(lse_a.dtype), lse_a, out_b.astype(lse_b.dtype), lse_b)
+    out, lse = spec.softmax.merge(*raised)
+    return out.astype(out_a.dtype), lse

@@ -1,0 +1,213 @@
+"""Checks of what users pass: each raises an error that names the argument, its value, a remedy."""
+
+import inspect
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+FLOATS = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)))
+
+
+def as_array(name: str, x: Any) -> Any:
+    """``x`` as an array."""
+    try:
+        return jnp.asarray(x)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be an array; got {type(x).__name__}") from error
+
+
+def qkv(query: Any, key: Any, value: Any) -> None:
+    """The three arrays must fit each other."""
+    for name, x, axes in (
+        ("query", query, "[*B, T, N, H]"),
+        ("key", key, "[*B, S, K, H]"),
+        ("value", value, "[*B, S, K, Hv]"),
+    ):
+        if x.ndim < 3:
+            raise ValueError(f"{name} must have at least three axes {axes}; got shape {x.shape}")
+        if x.dtype not in FLOATS:
+            raise TypeError(
+                f"{name} must be bfloat16, float16, float32 or float64; got {x.dtype}; "
+                f"convert it with {name}.astype"
+            )
+        if x.dtype != query.dtype:
+            raise TypeError(
+                f"query, key and value must share a dtype; got query {query.dtype} and {name} "
+                f"{x.dtype}; convert one with .astype"
+            )
+        if x.shape[:-3] != query.shape[:-3]:
+            raise ValueError(
+                f"query, key and value must share their batch axes; got query {query.shape} and "
+                f"{name} {x.shape}"
+            )
+    _heads(query.shape, key.shape, value.shape)
+
+
+def _heads(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> None:
+    if k[-3] != v[-3]:
+        raise ValueError(f"key and value must have the same length S; got {k[-3]} and {v[-3]}")
+    if k[-2] != v[-2]:
+        raise ValueError(f"key and value must have the same heads K; got {k[-2]} and {v[-2]}")
+    if q[-1] != k[-1]:
+        raise ValueError(
+            f"query and key must have the same head dimension H; got {q[-1]} and {k[-1]}"
+        )
+    if 0 in (q[-1], q[-2], k[-2], v[-1]):
+        raise ValueError(
+            f"heads and head dimensions must be positive; got query {q}, key {k}, value {v}"
+        )
+    if q[-2] % k[-2] != 0:
+        raise ValueError(
+            f"query heads N must be a multiple of key-value heads K; got N={q[-2]}, K={k[-2]}; "
+            "each key-value head serves N // K query heads"
+        )
+
+
+def broadcastable(name: str, x: Any, full: tuple[int, ...]) -> None:
+    """``x`` must broadcast to the logits [*B, N, T, S]."""
+    fits = x.ndim <= len(full) and all(
+        size in (1, whole) for size, whole in zip(x.shape[::-1], full[::-1], strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"{name} must broadcast to the logits [*B, N, T, S] = {full}; got shape {x.shape}"
+        )
+
+
+def shaped(name: str, x: Any, shape: tuple[int, ...], axes: str) -> None:
+    """``x`` must have exactly this shape."""
+    if x.shape != shape:
+        raise ValueError(f"{name} must have shape {axes} = {shape}; got shape {x.shape}")
+
+
+def int32(name: str, x: Any) -> None:
+    """``x`` must be int32."""
+    if x.dtype != jnp.int32:
+        raise TypeError(f"{name} must be int32; got {x.dtype}; convert it with .astype(jnp.int32)")
+
+
+def floating(name: str, x: Any, remedy: str = "") -> None:
+    """``x`` must be of a floating dtype."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{name} must be floating; got {x.dtype}{remedy}")
+
+
+def boolean_array(name: str, x: Any) -> None:
+    """``x`` must be boolean."""
+    if x.dtype != jnp.bool_:
+        raise TypeError(
+            f"{name} must be boolean; got {x.dtype}; pass an additive mask as bias, or a 0/1 mask "
+            f"as {name} != 0"
+        )
+
+
+def flag(name: str, x: Any) -> bool:
+    """A Python bool."""
+    if not isinstance(x, bool):
+        raise TypeError(f"{name} must be True or False, known at trace time; got {_shown(x)}")
+    return x
+
+
+def number(name: str, x: Any, remedy: str) -> float:
+    """A finite number known at trace time."""
+    if not _is_real(x):
+        raise TypeError(f"{name} must be a number known at trace time; got {_shown(x)}; {remedy}")
+    if not math.isfinite(float(x)):
+        raise ValueError(f"{name} must be finite; got {float(x)}")
+    return float(x)
+
+
+def window(x: Any) -> tuple[int, int] | None:
+    """``local_window_size`` as (left, right)."""
+    if x is None:
+        return None
+    pair = (x, x) if is_int(x) else x
+    if not isinstance(pair, Sequence) or len(pair) != 2 or not all(map(is_int, pair)):
+        raise TypeError(
+            f"local_window_size must be an int or a pair (left, right) of ints; got {_shown(x)}"
+        )
+    if min(pair) < 0:
+        raise ValueError(
+            f"local_window_size must not be negative; got {x!r}; the window (left, right) reaches "
+            "from position - left to position + right, both included"
+        )
+    return int(pair[0]), int(pair[1])
+
+
+def dropout(rate: Any, key: Any) -> tuple[float, Any]:
+    """The rate, and two words of the key's (None at rate zero)."""
+    rate = number("dropout_rate", rate, "make it a Python float")
+    if not 0.0 <= rate < 1.0:
+        raise ValueError(f"dropout_rate must be in [0, 1); got {rate}")
+    if rate == 0.0:
+        return 0.0, None
+    if key is None:
+        raise ValueError(f"dropout_rate={rate} needs a dropout_key; pass jax.random.key(...)")
+    try:
+        return rate, jax.random.bits(key, (2,), jnp.uint32)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"dropout_key must be one key of jax.random, jax.random.key(...); got {_shown(key)}"
+        ) from error
+
+
+def element_function(name: str, function: Any, arguments: str) -> Callable[..., Any]:
+    """A callable of the arguments named."""
+    if not callable(function):
+        raise TypeError(f"{name} must be a function ({arguments}); got {_shown(function)}")
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some builtins have none
+        return function
+    try:
+        signature.bind(*arguments.split(", "))
+    except TypeError as error:
+        raise TypeError(f"{name} must take ({arguments}); got {name}{signature}") from error
+    return function
+
+
+def element_result(name: str, result: Any, kind: Any, remedy: str) -> None:
+    """An elementwise function must return one scalar of a kind of dtype."""
+    if len(result) != 1 or result[0].shape != ():
+        raise ValueError(
+            f"{name} must return one scalar, it is applied to each logit; got "
+            f"{[str(x) for x in result]}"
+        )
+    if not jnp.issubdtype(result[0].dtype, kind):
+        raise TypeError(f"{name} must return {remedy}; got {result[0].dtype}")
+
+
+def precision(x: Any) -> jax.lax.Precision | None:
+    """A jax.lax.Precision, or None."""
+    if x is None or isinstance(x, jax.lax.Precision):
+        return x
+    try:
+        return jax.lax.Precision(x)
+    except ValueError as error:
+        raise ValueError(
+            "precision must be None, a jax.lax.Precision or one of 'default', 'high', 'highest'; "
+            f"got {x!r}"
+        ) from error
+
+
+def is_int(x: Any) -> bool:
+    """Whether ``x`` is an integer, and neither a bool nor an array."""
+    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
+
+
+def _is_real(x: Any) -> bool:
+    """A number, or a concrete array of one."""
+    if isinstance(x, bool | jax.core.Tracer):
+        return False
+    is_number = jnp.issubdtype(getattr(x, "dtype", object), jnp.number) and jnp.shape(x) == ()
+    return isinstance(x, numbers.Real) or is_number
+
+
+def _shown(x: Any) -> str:
+    if hasattr(x, "shape") and hasattr(x, "dtype"):
+        return f"an array of shape {x.shape} and dtype {x.dtype}"
+    return f"{x!r} ({type(x).__name__})"

@@ -1,0 +1,84 @@
+"""Which backend runs a problem, and why each other one does not."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxflash import reference, xla
+from pallas_kernels import spec
+
+Results = tuple[jax.Array, jax.Array]
+
+
+class Backend(NamedTuple):
+    """One way to compute attention.
+
+    ``supports`` returns None, or the reason why it refuses; it speaks for the forward and for
+    every gradient. ``backward`` takes (problem, operands, out, lse, dout, dlse); without one, JAX
+    differentiates the forward.
+    """
+
+    name: str
+    supports: Callable[[spec.Problem], str | None]
+    forward: Callable[[spec.Problem, spec.Operands], Results]
+    backward: Callable[..., spec.Operands] | None
+
+
+# In the order in which they are tried.
+BACKENDS = (
+    Backend("xla", xla.supports, xla.forward, xla.backward),
+    Backend("reference", reference.supports, reference.forward, None),
+)
+
+
+class Explanation(NamedTuple):
+    """What ``jaxflash.explain`` found: the backend that runs, and each one's refusal."""
+
+    runs: str | None
+    refusals: dict[str, str | None]  # None: the backend would accept
+
+    def __str__(self) -> str:
+        width = max(map(len, self.refusals))
+        return "\n".join(
+            f"{name:<{width}}  {self._verdict(name, why)}" for name, why in self.refusals.items()
+        )
+
+    def _verdict(self, name: str, refusal: str | None) -> str:
+        if name == self.runs:
+            return "runs"
+        return "would run if asked for" if refusal is None else f"refuses: {refusal}"
+
+
+def check_name(implementation: Any) -> None:
+    """Raises unless ``implementation`` is None or the name of a backend."""
+    names = [backend.name for backend in BACKENDS]
+    if implementation is not None and implementation not in names:
+        raise ValueError(
+            f"implementation must be None or one of {names}; got {implementation!r}. "
+            "None picks the fastest that supports the call"
+        )
+
+
+def select(problem: spec.Problem, implementation: str | None) -> Backend:
+    """The backend named, or the first that supports the problem. Never falls back silently."""
+    explanation = explain(problem, implementation)
+    for backend in BACKENDS:
+        if backend.name == explanation.runs:
+            return backend
+    refusals = {k: v for k, v in explanation.refusals.items() if implementation in (None, k)}
+    raise ValueError(
+        "no implementation supports this call: "
+        + "; ".join(f"{name!r} refuses: {why}" for name, why in refusals.items())
+        + ". jaxflash.explain(...) with the same arguments lists all of them"
+    )
+
+
+def explain(problem: spec.Problem, implementation: str | None) -> Explanation:
+    """Asks every backend about ``problem``."""
+    check_name(implementation)
+    refusals = {backend.name: backend.supports(problem) for backend in BACKENDS}
+    accepting = [
+        name for name, why in refusals.items() if why is None and implementation in (None, name)
+    ]
+    return Explanation(accepting[0] if accepting else None, refusals)

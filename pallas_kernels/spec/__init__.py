@@ -1,0 +1,25 @@
+"""The language every backend speaks: bands, masks, scores, softmax, dropout, tiles, problems."""
+
+from pallas_kernels.spec import dropout, mask, score, softmax
+from pallas_kernels.spec.band import Band
+from pallas_kernels.spec.blocks import Tiles, visible_tiles
+from pallas_kernels.spec.problem import Device, ElementFunction, Operands, Problem
+from pallas_kernels.spec.tile import ScoreParameters, Tile, tile_of, window_of
+
+__all__ = [
+    "Band",
+    "Device",
+    "ElementFunction",
+    "Operands",
+    "Problem",
+    "ScoreParameters",
+    "Tile",
+    "Tiles",
+    "dropout",
+    "mask",
+    "score",
+    "softmax",
+    "tile_of",
+    "visible_tiles",
+    "window_of",
+]

@@ -1,0 +1,161 @@
+"""What is asked of a backend: the arrays of a call, and everything about it that is static."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core as jex_core
+
+from pallas_kernels.spec.band import Band
+
+
+class Device(NamedTuple):
+    """What a program is compiled for."""
+
+    platform: str  # "cpu", "gpu", "tpu"
+    kind: str  # as JAX names it, for example "NVIDIA H100 80GB HBM3"
+
+
+class Operands(NamedTuple):
+    """The arrays of one call in canonical shape (batch flattened); absent ones are None.
+
+    ``Problem.operands`` holds the same tuple with shapes and dtypes in place of arrays.
+    """
+
+    query: Any  # [B, T, N, H]
+    key: Any  # [B, S, K, H]
+    value: Any  # [B, S, K, Hv]
+    bias: Any = None  # [B|1, N|1, T|1, S|1] floating
+    mask: Any = None  # [B|1, N|1, T|1, S|1] bool
+    query_lengths: Any = None  # [B] int32
+    key_value_lengths: Any = None  # [B] int32
+    query_offset: Any = None  # [B] int32; a static offset is Problem.query_offset
+    query_segment_ids: Any = None  # [B, T] int32
+    key_value_segment_ids: Any = None  # [B, S] int32
+    alibi_slopes: Any = None  # [N] floating
+    sinks: Any = None  # [N] floating
+    dropout_seed: Any = None  # [2] uint32
+    score_consts: tuple[Any, ...] = ()  # arrays captured by score_mod
+    mask_consts: tuple[Any, ...] = ()  # arrays captured by mask_mod
+
+
+@dataclasses.dataclass(frozen=True)
+class ElementFunction:
+    """A user's elementwise function, traced on scalars, its captured arrays made arguments.
+
+    Two of them are equal when they come from the same function object and captured arrays of
+    the same types, which is the rule jax.jit uses for the functions it caches.
+    """
+
+    function_id: int
+    const_types: tuple[tuple[tuple[int, ...], Any], ...]
+    function: Callable[..., Any] = dataclasses.field(compare=False)  # keeps function_id alive
+    jaxpr: Any = dataclasses.field(compare=False)  # ClosedJaxpr of scalar arguments
+
+    @classmethod
+    def trace(
+        cls, function: Callable[..., Any], argument_types: tuple[Any, ...]
+    ) -> tuple["ElementFunction", tuple[Any, ...]]:
+        """Traces ``function`` on scalars; returns it with the arrays it captures."""
+        jaxpr = jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct((), t) for t in argument_types))
+        types = tuple((jnp.shape(c), jnp.result_type(c)) for c in jaxpr.consts)
+        return cls(id(function), types, function, jaxpr), tuple(jaxpr.consts)
+
+    @property
+    def result(self) -> Any:
+        """Abstract values of what the function returns, one for each leaf."""
+        return self.jaxpr.out_avals
+
+    def __call__(self, consts: tuple[Any, ...], *args: Any) -> Any:
+        """Applies the function elementwise to broadcastable arrays.
+
+        Axes of size one are not spread before they must be: a table indexed by the head alone is
+        read once a head.
+        """
+        scalar = jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(self.jaxpr.jaxpr, consts))
+        return jnp.vectorize(lambda *a: scalar(*a)[0])(*args)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The static description of a call: hashable, and all that ``supports`` needs to decide.
+
+    Logits are ``s = scale * q.k + bias``, then the soft cap, then ALiBi, then ``score_mod``.
+    ``band`` speaks of positions: row ``r`` stands at ``r + query_offset``.
+    """
+
+    operands: Operands  # of jax.ShapeDtypeStruct
+    band: Band
+    scale: float
+    device: Device
+    query_offset: int = 0
+    soft_cap: float | None = None
+    score_mod: ElementFunction | None = None
+    mask_mod: ElementFunction | None = None
+    dropout_rate: float = 0.0
+    precision: Any = None
+    deterministic: bool = False
+
+    @property
+    def B(self) -> int:
+        return self.operands.query.shape[0]
+
+    @property
+    def T(self) -> int:
+        return self.operands.query.shape[1]
+
+    @property
+    def S(self) -> int:
+        return self.operands.key.shape[1]
+
+    @property
+    def N(self) -> int:
+        return self.operands.query.shape[2]
+
+    @property
+    def K(self) -> int:
+        return self.operands.key.shape[2]
+
+    @property
+    def G(self) -> int:
+        return self.N // self.K
+
+    @property
+    def H(self) -> int:
+        return self.operands.query.shape[3]
+
+    @property
+    def Hv(self) -> int:
+        return self.operands.value.shape[3]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.operands.query.dtype
+
+    @property
+    def compute_dtype(self) -> np.dtype:
+        """Of logits, softmax statistics and accumulators: float32, float64 for float64 inputs."""
+        return jnp.promote_types(self.dtype, jnp.float32)
+
+    @property
+    def static_band(self) -> Band | None:
+        """The band over rows and keys, as far as it is known before the arrays are."""
+        if self.operands.query_offset is None:
+            return self.band.shift(self.query_offset)
+        return self.band if self.band.is_unbounded else None
+
+    @property
+    def masks_by_data(self) -> bool:
+        """Whether visibility depends on the values of arrays, not on the band alone."""
+        x = self.operands
+        return (
+            self.mask_mod is not None
+            or any(
+                a is not None
+                for a in (x.mask, x.query_lengths, x.key_value_lengths, x.query_segment_ids)
+            )
+            or self.static_band is None
+        )

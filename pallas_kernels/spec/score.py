@@ -1,0 +1,63 @@
+"""From ``scale * q.k`` to the logits of the softmax.
+
+Backends differentiate ``modify`` with ``jax.vjp``: no modification has a hand-written derivative.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.spec.problem import Problem
+from pallas_kernels.spec.tile import Tile
+
+
+def modify(problem: Problem, tile: Tile, s: Any) -> Any:
+    """The logits of a tile; ``s`` is ``scale * q.k`` in the compute dtype.
+
+    Bias, then the soft cap ``cap * tanh(s / cap)``, then ALiBi ``- slope * |position - key|``,
+    then ``score_mod(s, batch, head, position, key)``.
+    """
+    parameters = tile.parameters
+    if parameters.bias is not None:
+        s = s + parameters.bias.astype(s.dtype)
+    if problem.soft_cap is not None:
+        s = problem.soft_cap * jnp.tanh(s / problem.soft_cap)
+    if parameters.alibi_slope is not None:
+        distance = jnp.abs(tile.position - tile.key).astype(s.dtype)
+        s = s - parameters.alibi_slope.astype(s.dtype) * distance
+    if problem.score_mod is not None:
+        where = (tile.batch, tile.head, tile.position, tile.key)
+        s = problem.score_mod(parameters.consts, s, *where).astype(s.dtype)
+    return s
+
+
+def differentiate(problem: Problem, tile: Tile, s: Any) -> tuple[Any, Any]:
+    """``modify`` and its pullback ``ds -> (d s, d parameters)``.
+
+    Integer parameters have None for a derivative. Bias and slopes are raised to the compute dtype
+    first, so that their derivatives are summed in it.
+    """
+    given = tile.parameters
+    raised = given._replace(
+        bias=None if given.bias is None else given.bias.astype(s.dtype),
+        alibi_slope=None if given.alibi_slope is None else given.alibi_slope.astype(s.dtype),
+    )
+    leaves, tree = jax.tree.flatten(raised)
+    floating = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
+
+    def of_floating(s: Any, varied: list[Any]) -> Any:
+        values = iter(varied)
+        full = [next(values) if is_ else x for is_, x in zip(floating, leaves, strict=True)]
+        return modify(problem, tile._replace(parameters=jax.tree.unflatten(tree, full)), s)
+
+    varied = [x for is_, x in zip(floating, leaves, strict=True) if is_]
+    modified, pull = jax.vjp(of_floating, s, varied)
+
+    def pull_back(ds: Any) -> tuple[Any, Any]:
+        d_s, d_varied = pull(ds)
+        values = iter(d_varied)
+        leaves = [next(values) if is_ else None for is_ in floating]
+        return d_s, jax.tree.unflatten(tree, leaves)
+
+    return modified, pull_back
