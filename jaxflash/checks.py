@@ -14,10 +14,10 @@ FLOATS = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float
 
 def as_array(name: str, x: Any) -> Any:
     """``x`` as an array."""
-    try:
-        return jnp.asarray(x)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} must be an array; got {type(x).__name__}") from error
+    is_number_or_list = isinstance(x, Sequence | numbers.Number) and not isinstance(x, str)
+    if not hasattr(x, "dtype") and not is_number_or_list:
+        raise TypeError(f"{name} must be an array; got {_shown(x)}")
+    return jnp.asarray(x)
 
 
 def qkv(query: Any, key: Any, value: Any) -> None:

@@ -76,7 +76,7 @@ def _of_tile(problem: spec.Problem, seed: Any, part: tiles.Part, rows: Rows) -> 
         return modified
 
     s = tiles.logits(problem, part, modify)
-    p = softmax.probabilities(s.reshape(*lse.shape, -1), lse)
+    p = softmax.probabilities(s.reshape(*lse.shape, s.shape[-1]), lse)
     kept = tiles.dropped(problem, seed, part, p).astype(dout.dtype)
     dv = tiles.dot(problem, "bkgqs,bkgqh->bksh", kept, dout)
     dp = tiles.dot(problem, "bkgqh,bksh->bkgqs", dout, part.v)

@@ -21,7 +21,7 @@ def forward(problem: spec.Problem, operands: spec.Operands) -> tuple[jax.Array, 
 
         def attend(rows: softmax.State) -> softmax.State:
             s = tiles.logits(problem, part, lambda s: spec.score.modify(problem, part.tile, s))
-            rows, p = softmax.update(rows, s.reshape(*rows.m.shape, -1))
+            rows, p = softmax.update(rows, s.reshape(*rows.m.shape, s.shape[-1]))
             p = tiles.dropped(problem, operands.dropout_seed, part, p).astype(part.v.dtype)
             product = tiles.dot(problem, "bkgqs,bksh->bkgqh", p, part.v)
             return rows._replace(acc=rows.acc + product)

@@ -28,7 +28,8 @@ def modify(problem: Problem, tile: Tile, s: Any) -> Any:
         s = s - parameters.alibi_slope.astype(s.dtype) * distance
     if problem.score_mod is not None:
         where = (tile.batch, tile.head, tile.position, tile.key)
-        s = problem.score_mod(parameters.consts, s, *where).astype(s.dtype)
+        score = s.astype(problem.compute_dtype)
+        s = problem.score_mod(parameters.consts, score, *where).astype(s.dtype)
     return s
 
 

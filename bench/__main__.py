@@ -1,0 +1,47 @@
+"""`python -m bench` lists the tables; `python -m bench NAME [options]` runs one."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+# The registry: table name -> (module, summary). Modules are imported only when they run, so listing
+# needs neither JAX nor the packages that one table alone uses. Each has `main(argv) -> int`.
+TABLES: dict[str, tuple[str, str]] = {
+    "demo": (
+        "bench.demo",
+        "the main job in two minutes: parity, time, memory, a model that learns",
+    ),
+    "speed": ("bench.speed", "forward time of every implementation at the seed document's shapes"),
+    "long": ("bench.long", "time at long sequences, causal and full, forward and with gradients"),
+    "memory": ("bench.memory", "temporary memory of the compiled programs, T 512 to 32768"),
+    "aot": ("bench.aot", "programs compiled for GPUs that are not here: registers, spills, memory"),
+}
+
+
+def listing() -> str:
+    """Returns the text that lists every table with its summary."""
+    width = max(map(len, TABLES))
+    lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in TABLES.items()]
+    return "\n".join(
+        ["usage: python -m bench NAME [options]   (NAME --help lists them)", "", *lines]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one table, or lists them all."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(listing())
+        return 0
+    name, *rest = arguments
+    if name not in TABLES:
+        print(f"unknown table {name!r}\n\n{listing()}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(TABLES[name][0])
+    return int(module.main(rest))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

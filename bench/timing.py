@@ -1,0 +1,166 @@
+"""How long compiled programs take: device time on GPUs, wall time elsewhere, interleaved."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+WALL = "wall time around block_until_ready"
+CUPTI = "CUPTI device time, summed over the kernels of a call"
+
+
+class Program(NamedTuple):
+    """A compiled function and its arguments; calling it runs it to the end."""
+
+    compiled: Any
+    args: tuple[Any, ...]
+
+    def __call__(self) -> Any:
+        return jax.block_until_ready(self.compiled(*self.args))
+
+
+class Clock(NamedTuple):
+    """Runs a program once and returns milliseconds, with the name of the method."""
+
+    measure_ms: Callable[[Program], float]
+    method: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Samples of one program's time, in milliseconds."""
+
+    samples_ms: tuple[float, ...]
+    method: str
+    warmup: int
+
+    @property
+    def repeats(self) -> int:
+        return len(self.samples_ms)
+
+    def percentile_ms(self, percent: float) -> float:
+        return float(np.percentile(self.samples_ms, percent))
+
+    @property
+    def median_ms(self) -> float:
+        return self.percentile_ms(50)
+
+    @property
+    def p10_ms(self) -> float:
+        return self.percentile_ms(10)
+
+    @property
+    def p90_ms(self) -> float:
+        return self.percentile_ms(90)
+
+
+def compile_program(function: Callable[..., Any], args: tuple[Any, ...]) -> Program:
+    """Compiles once; the result serves the memory analysis, the parity check and the timing."""
+    return Program(jax.jit(function).lower(*args).compile(), args)
+
+
+def wall_clock(method: str = WALL) -> Clock:
+    """Host time from the call to the end of the device's work."""
+
+    def measure_ms(program: Program) -> float:
+        start = time.perf_counter()
+        program()
+        return (time.perf_counter() - start) * 1e3
+
+    return Clock(measure_ms, method)
+
+
+def cupti_clock() -> Clock:
+    """Kernel time by CUPTI; each sample is preceded by one unmeasured run of the same program."""
+    # Here, because a jaxlib without CUDA may lack what it imports.
+    from jax.experimental.mosaic.gpu import profiler  # noqa: PLC0415
+
+    def measure_ms(program: Program) -> float:
+        _, milliseconds = profiler.measure(program.compiled)(*program.args)
+        if milliseconds is None:
+            raise RuntimeError("CUPTI saw no kernel")
+        return float(milliseconds)
+
+    return Clock(measure_ms, CUPTI)
+
+
+def device_clock(device: jax.Device) -> Clock:
+    """CUPTI where it answers, else wall time; the method says which, and why not CUPTI."""
+    if device.platform != "gpu":
+        return wall_clock()
+    try:
+        clock = cupti_clock()
+        x = jax.device_put(np.ones((256, 256), np.float32), device)
+        clock.measure_ms(compile_program(lambda x: x @ x, (x,)))
+    except (ImportError, RuntimeError) as error:
+        return wall_clock(f"{WALL} (CUPTI did not answer: {_first_line(error)})")
+    return clock
+
+
+def interleaved(
+    programs: Mapping[str, Program],
+    clock: Clock,
+    *,
+    warmup: int = 2,
+    repeats: int = 12,
+    min_repeats: int = 3,
+    budget_s: float | None = None,
+    now: Callable[[], float] = time.monotonic,
+) -> dict[str, Timing]:
+    """Times the programs in rounds of one sample each, so that drift hits all of them alike.
+
+    After `budget_s` seconds no further round starts, once there are `min_repeats` of them.
+    """
+    if min(repeats, min_repeats) < 1:
+        raise ValueError(f"{repeats=} and {min_repeats=} must be at least 1")
+    start = now()
+    for program in programs.values():
+        for _ in range(warmup):
+            program()
+    samples: dict[str, list[float]] = {name: [] for name in programs}
+    for done in range(repeats):
+        if budget_s is not None and done >= min_repeats and now() - start > budget_s:
+            break
+        for name, program in programs.items():
+            samples[name].append(clock.measure_ms(program))
+    return {name: Timing(tuple(times), clock.method, warmup) for name, times in samples.items()}
+
+
+class Budget:
+    """A time limit for a whole table, with a forecast of what a larger problem would take."""
+
+    def __init__(self, seconds: float | None, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._end = None if seconds is None else now() + seconds
+        self._seconds_per_flop: dict[tuple[str, ...], float] = {}
+
+    def left_s(self) -> float | None:
+        """Seconds left, never below zero; None without a limit."""
+        return None if self._end is None else max(0.0, self._end - self._now())
+
+    def record(self, key: tuple[str, ...], flop_count: float, seconds: float) -> None:
+        """Keeps the latest measured rate of one kind of call."""
+        self._seconds_per_flop[key] = seconds / flop_count
+
+    def refusal(self, key: tuple[str, ...], flop_count: float, runs: int) -> str | None:
+        """The reason why `runs` calls would not end in time, judged by the last measured rate."""
+        left = self.left_s()
+        if left is None:
+            return None
+        if left == 0:
+            return "the time budget of this run was spent"
+        if key not in self._seconds_per_flop:
+            return None
+        forecast = self._seconds_per_flop[key] * flop_count * runs
+        if forecast <= left:
+            return None
+        return "would not end within the time budget of this run, judged by the runs before it"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,1 @@
+"""Pallas kernels of jaxflash and the language that its backends share."""

@@ -1,0 +1,67 @@
+"""The only place that meets Mosaic GPU's API and its differences between JAX versions.
+
+A kernel written against this package runs compiled on a Hopper GPU and, unchanged, on a CPU under
+``with interpreting():``, where every data race that the interpreter can see raises `RaceError`.
+The interpreter lacks accumulator stores, products with a left operand in registers, layouts and
+(JAX 0.10.2) reads through transposed references; the helpers here choose, while the kernel is
+traced, between the instruction and an emulation of it.
+
+What the interpreter cannot show: its matrix products are synchronous, so a value read before its
+``wgmma`` has finished, or a tile overwritten under a running one, looks right there. Only runs on
+a GPU, repeated bit for bit, catch those.
+"""
+
+# Alike on every JAX version and in both modes; offered here so that kernels import one package.
+from jax.experimental.pallas.mosaic_gpu import (
+    SMEM,
+    Barrier,
+    Layout,
+    barrier_arrive,
+    barrier_wait,
+    commit_smem,
+    copy_gmem_to_smem,
+    copy_smem_to_gmem,
+    set_max_registers,
+    wait_smem_to_gmem,
+)
+
+from pallas_kernels.mosaic.interpreter import RaceError, interpreting, is_interpreting
+from pallas_kernels.mosaic.launch import compiler_params, kernel
+from pallas_kernels.mosaic.matmul import (
+    fresh_accumulators,
+    issue,
+    matmul,
+    matmul_add,
+    peek,
+    update_accumulators,
+)
+from pallas_kernels.mosaic.memory import Ref, layout_cast, load, store, tiled_smem
+
+__all__ = [
+    "SMEM",
+    "Barrier",
+    "Layout",
+    "RaceError",
+    "Ref",
+    "barrier_arrive",
+    "barrier_wait",
+    "commit_smem",
+    "compiler_params",
+    "copy_gmem_to_smem",
+    "copy_smem_to_gmem",
+    "fresh_accumulators",
+    "interpreting",
+    "is_interpreting",
+    "issue",
+    "kernel",
+    "layout_cast",
+    "load",
+    "matmul",
+    "matmul_add",
+    "peek",
+    "set_max_registers",
+    "store",
+    "tiled_smem",
+    "update_accumulators",
+    "wait_smem_to_gmem",
+]

@@ -1,0 +1,98 @@
+"""What is right: the reference in a wider dtype, and how far the reference in the dtype gets.
+
+A result passes when ``err(it) <= 2 * err(jnp in its dtype) + eps``, errors being the largest ones
+relative to the largest entry.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxflash import reference
+from jaxflash.arguments import canonicalize
+from tests.cases import Arrays, Case
+
+
+class Results(NamedTuple):
+    """Everything that a backend computes for a case."""
+
+    out: Any
+    lse: Any
+    gradients: dict[str, Any]
+
+
+def evaluate(case: Case, arrays: Arrays, attention: Callable[..., Any]) -> Results:
+    """``attention`` with its residual, and its gradients for fixed random cotangents."""
+    floating = {k: jnp.asarray(x) for k, x in arrays.items() if _is_floating(x)}
+    others = {k: jnp.asarray(x) for k, x in arrays.items() if k not in floating}
+
+    @jax.jit
+    def run(floating: Arrays) -> Any:
+        (out, lse), pull = jax.vjp(lambda f: case.call(attention, {**f, **others}), floating)
+        rng = np.random.default_rng(0)
+        cotangents = tuple(
+            jnp.asarray(rng.standard_normal(x.shape), jnp.float32).astype(x.dtype)
+            for x in (out, lse)
+        )
+        return Results(out, lse, pull(cotangents)[0])
+
+    return jax.tree.map(np.asarray, run(floating))
+
+
+def expected(case: Case, arrays: Arrays) -> Results:
+    """The reference in float64."""
+    wide = {k: x.astype(np.float64) if _is_floating(x) else x for k, x in arrays.items()}
+    with jax.enable_x64(True):
+        return evaluate(case, wide, _reference(None))
+
+
+def attainable(case: Case, arrays: Arrays) -> Results:
+    """The reference with everything in the dtype of the case."""
+    return evaluate(case, arrays, _reference(jnp.dtype(case.dtype)))
+
+
+def check(actual: Results, attained: Results, truth: Results, dtype: Any) -> None:
+    """Compares out, lse and every gradient with the truth."""
+    eps = float(jnp.finfo(dtype).eps)
+    eps *= 0.5 if jnp.dtype(dtype).itemsize == 2 else 16
+    assert actual.gradients.keys() == truth.gradients.keys()
+    for name, a, b, t in (
+        ("out", actual.out, attained.out, truth.out),
+        ("lse", actual.lse, attained.lse, truth.lse),
+        *(
+            (f"gradient of {k}", actual.gradients[k], attained.gradients[k], t)
+            for k, t in truth.gradients.items()
+        ),
+    ):
+        assert a.shape == t.shape, (name, a.shape, t.shape)
+        allowed = 2 * error(b, t) + eps
+        assert error(a, t) <= allowed, f"{name}: error {error(a, t):.3g}, allowed {allowed:.3g}"
+
+
+def error(x: np.ndarray, truth: np.ndarray) -> float:
+    """The largest difference, relative to the largest entry; infinite where -inf or NaN differ."""
+    x, truth = x.astype(np.float64), truth.astype(np.float64)
+    finite = np.isfinite(truth)
+    if not np.array_equal(x[~finite], truth[~finite], equal_nan=False):
+        return np.inf
+    if not np.isfinite(x[finite]).all():
+        return np.inf
+    scale = np.abs(truth[finite]).max(initial=0.0)
+    return float(np.abs(x[finite] - truth[finite]).max(initial=0.0) / max(scale, 1e-30))
+
+
+def _reference(compute_dtype: Any) -> Callable[..., Any]:
+    def attention(*args: Any, **options: Any) -> tuple[jax.Array, jax.Array]:
+        problem, operands = canonicalize(*args, **options)
+        out, lse = reference.forward(problem, operands, compute_dtype)
+        batch = args[0].shape[:-3]
+        return out.reshape(*batch, *out.shape[1:]), lse.reshape(*batch, *lse.shape[1:])
+
+    return attention
+
+
+def _is_floating(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)

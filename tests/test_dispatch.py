@@ -1,0 +1,132 @@
+"""Which backend runs, what the package holds, and that imports go one way."""
+
+import ast
+import doctest
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxflash
+from jaxflash import api, dispatch
+
+ROOT = Path(__file__).resolve().parent.parent
+X = jax.ShapeDtypeStruct((2, 8, 4, 16), jnp.float32)
+
+
+def test_explain_names_what_runs() -> None:
+    explanation = jaxflash.explain(X, X, X, is_causal=True)
+    assert explanation.runs == "xla"
+    assert explanation.refusals == {"xla": None, "reference": None}
+    chosen = jaxflash.explain(X, X, X, implementation="reference")
+    assert str(chosen).splitlines() == ["xla        would run if asked for", "reference  runs"]
+
+
+def test_explain_accepts_arrays_and_abstract_arrays() -> None:
+    lengths = jax.ShapeDtypeStruct((2,), jnp.int32)
+    bias = jnp.zeros((4, 8, 8))
+    assert jaxflash.explain(X, X, X, bias, key_value_seq_lengths=lengths).runs == "xla"
+    with pytest.raises(TypeError, match="mask must be boolean"):
+        jaxflash.explain(X, X, X, mask=X)
+
+
+def test_refusals_are_raised_and_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A named backend never falls back; None takes the first that accepts."""
+    picky = dispatch.BACKENDS[0]._replace(name="picky", supports=lambda problem: "it is Monday")
+    monkeypatch.setattr(dispatch, "BACKENDS", (picky, *dispatch.BACKENDS))
+    x = jnp.ones((1, 4, 1, 8))
+    assert "picky      refuses: it is Monday" in str(jaxflash.explain(x, x, x))
+    jaxflash.dot_product_attention(x, x, x)
+    with pytest.raises(ValueError, match="'picky' refuses: it is Monday"):
+        jaxflash.dot_product_attention(x, x, x, implementation="picky")
+    monkeypatch.setattr(dispatch, "BACKENDS", (picky,))
+    with pytest.raises(ValueError, match="no implementation supports this call"):
+        jaxflash.dot_product_attention(x, x, x)
+
+
+def test_examples_in_docstrings_run() -> None:
+    result = doctest.testmod(api)
+    assert result.attempted > 5
+    assert result.failed == 0
+
+
+def test_score_mod_is_compiled_once_a_function() -> None:
+    """Eager calls with the same function object reuse the compiled program."""
+    x = jnp.ones((1, 4, 1, 8))
+    table = jnp.arange(1.0)
+
+    def score_mod(s, b, h, q, k):  # type: ignore[no-untyped-def]
+        return s + table[h]
+
+    forward = dispatch.BACKENDS[0].forward
+    jaxflash.dot_product_attention(x, x, x, score_mod=score_mod, implementation="xla")
+    before = forward._cache_size()
+    jaxflash.dot_product_attention(2 * x, x, x, score_mod=score_mod, implementation="xla")
+    assert forward._cache_size() == before
+
+
+# The folders of each layer, and the layers that a layer may import.
+_ALLOWED = {
+    "pallas_kernels/spec": {"pallas_kernels/spec"},
+    "pallas_kernels/mosaic": {"pallas_kernels/mosaic"},
+    "pallas_kernels": {"pallas_kernels", "pallas_kernels/spec", "pallas_kernels/mosaic"},
+    "jaxflash": {"jaxflash", "pallas_kernels", "pallas_kernels/spec"},
+    "jaxflash/xla": {"jaxflash", "jaxflash/xla", "pallas_kernels/spec"},
+}
+
+
+def _layer(module: str) -> str | None:
+    parts = module.split(".")
+    if parts[0] in ("bench", "tests"):
+        return parts[0]
+    for name in ("/".join(parts[:2]), parts[0]):
+        if name in _ALLOWED:
+            return name
+    return None
+
+
+@pytest.mark.parametrize("layer", _ALLOWED)
+def test_imports_go_one_way(layer: str) -> None:
+    files = [
+        path
+        for path in ROOT.joinpath(layer).rglob("*.py")
+        if _layer(".".join(path.relative_to(ROOT).with_suffix("").parts)) == layer
+    ]
+    assert files
+    for path in files:
+        for module in _imported(path):
+            target = _layer(module)
+            assert target is None or target in _ALLOWED[layer] | _entry(layer), (path, module)
+
+
+def _entry(layer: str) -> set[str]:
+    """dispatch, in jaxflash, names the backends; nothing else does."""
+    return {"jaxflash/xla"} if layer == "jaxflash" else set()
+
+
+def test_only_dispatch_names_backends() -> None:
+    importers = {
+        path.name
+        for path in ROOT.joinpath("jaxflash").glob("*.py")
+        if any(_layer(m) == "jaxflash/xla" or m == "jaxflash.reference" for m in _imported(path))
+    }
+    assert importers == {"dispatch.py"}
+
+
+def _imported(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_private_jax_stays_in_mosaic() -> None:
+    for package in ("jaxflash", "pallas_kernels"):
+        for path in ROOT.joinpath(package).rglob("*.py"):
+            if "mosaic" not in path.parts:
+                assert "jax._src" not in path.read_text(), path
