@@ -62,7 +62,8 @@ def _split(arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return floating, {k: x for k, x in arrays.items() if k not in floating}
 
 
-def _assert_close(a: Any, b: Any, tolerance: float = 5e-6) -> None:
+# Two float32 computations are compared; how exact each is, test_conformance tells.
+def _assert_close(a: Any, b: Any, tolerance: float = 1e-5) -> None:
     jax.tree.map(lambda x, y: _assert_near(np.asarray(x), np.asarray(y), tolerance), a, b)
 
 
@@ -172,7 +173,7 @@ def test_hessian() -> None:
 
         return jax.hessian(loss)(arrays["query"][:1, :6, :1])
 
-    _assert_close(hessian("xla"), hessian("reference"), 1e-5)
+    _assert_close(hessian("xla"), hessian("reference"))
 
 
 def test_forward_over_reverse() -> None:
@@ -182,7 +183,7 @@ def test_forward_over_reverse() -> None:
         gradient = jax.grad(lambda f: _loss({**f, **others}, implementation))
         return jax.jvp(gradient, (floating,), (jax.tree.map(jnp.cos, floating),))[1]
 
-    _assert_close(hessian_vector("xla"), hessian_vector("reference"), 1e-5)
+    _assert_close(hessian_vector("xla"), hessian_vector("reference"))
 
 
 def _mesh() -> Mesh:

@@ -57,7 +57,7 @@ class Tiling:
     def of(cls, problem: spec.Problem, operands: spec.Operands) -> "Tiling":
         """The largest tiles whose logits, over all batches and heads, stay within a limit."""
         limit = _LOGITS_AT_ONCE.get(problem.device.platform, _LOGITS_AT_ONCE_ELSEWHERE)
-        q, kv = 512, 1024
+        q, kv = 1024, 1024
         while problem.B * problem.N * q * kv > limit and q > 64:
             q, kv = (q, kv // 2) if kv > q else (q // 2, kv)
         unpadded = cls(problem, operands, max(1, min(q, problem.T)), max(1, min(kv, problem.S)))
