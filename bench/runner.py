@@ -12,7 +12,14 @@ import jax
 from bench import capacity, results
 from bench.baselines import Attention, Implementation
 from bench.parity import Oracle, Parity
-from bench.shapes import INPUT_DISTRIBUTION, Direction, Shape, flops, random_inputs
+from bench.shapes import (
+    INPUT_DISTRIBUTION,
+    Direction,
+    Shape,
+    flops,
+    random_inputs,
+    score_matrix_bytes,
+)
 from bench.timing import Budget, Clock, Program, Timing, compile_program, interleaved
 
 Status = Literal["measured", "skipped", "failed"]
@@ -137,7 +144,7 @@ def _prepare(
     except (ValueError, NotImplementedError) as error:  # a refusal at trace time
         return dataclasses.replace(cell, status="skipped", reason=_first_line(error)), None
     except jax.errors.JaxRuntimeError as error:
-        return _runtime_failure(cell, error), None
+        return _compile_failure(cell, error, capacity.free_bytes(settings.device)), None
     memory = capacity.program_bytes(program.compiled)
     cell = dataclasses.replace(cell, memory=memory)
     reason = capacity.refusal(memory, capacity.free_bytes(settings.device))
@@ -170,6 +177,18 @@ def _checked(
     if too_slow:
         return dataclasses.replace(cell, status="skipped", reason=too_slow), None
     return cell, program
+
+
+def _compile_failure(cell: Cell, error: jax.errors.JaxRuntimeError, free: int | None) -> Cell:
+    """XLA tries products on the device while compiling; what does not fit there fails oddly."""
+    logits = 2 * score_matrix_bytes(cell.shape)  # float32, of 16-bit inputs
+    if "All configs failed" not in str(error) or free is None or logits <= free:
+        return _runtime_failure(cell, error)
+    reason = (
+        f"does not compile: its float32 logits take {capacity.format_bytes(logits)}; "
+        f"{capacity.format_bytes(free)} is free"
+    )
+    return dataclasses.replace(cell, status="skipped", reason=reason)
 
 
 def _runtime_failure(cell: Cell, error: jax.errors.JaxRuntimeError) -> Cell:

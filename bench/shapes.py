@@ -8,6 +8,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.spec import Band
+
 Direction = Literal["forward", "forward+backward"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "forward+backward")
 
@@ -61,9 +63,10 @@ class Shape:
 
 
 def flops(shape: Shape, direction: Direction = "forward") -> float:
-    """Matrix products' operations: 4*B*N*T*S*H, halved when causal, x3.5 with gradients."""
-    full = 4.0 * shape.batch * shape.query_heads * shape.query_length * shape.key_length
-    return full * shape.head_dim * (0.5 if shape.is_causal else 1.0) * _FLOP_FACTOR[direction]
+    """Matrix products' operations: 4*B*N*H for each visible pair, x3.5 with gradients."""
+    pairs = Band.of(shape.is_causal, None).area(shape.query_length, shape.key_length)
+    heads = shape.batch * shape.query_heads
+    return 4.0 * heads * shape.head_dim * pairs * _FLOP_FACTOR[direction]
 
 
 def query_bytes(shape: Shape) -> int:

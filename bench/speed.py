@@ -86,8 +86,8 @@ def publish(
 
 def _caption(options: argparse.Namespace, device: jax.Device) -> str:
     text = (
-        "Each cell: median ms / TFLOP/s, at 4*B*N*T*S*H operations forward, half of them when "
-        "causal, x3.5 with gradients."
+        "Each cell: median ms / TFLOP/s, at 4*B*N*H operations for each visible pair forward, x3.5 "
+        "with gradients."
     )
     if device.platform == "cpu" and (options.batch, options.heads) != (GPU.batch, GPU.heads):
         text += (
