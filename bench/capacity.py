@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from bench.shapes import Shape, score_matrix_bytes
+
 # A CPU's free memory is shared with everything else on the machine, so a program that would take
 # the last of it is left out.
 _CPU_HEADROOM = 0.9
@@ -53,6 +55,23 @@ def refusal(needed: ProgramBytes | None, free: int | None) -> str | None:
     if wanted <= free:
         return None
     return f"needs {format_bytes(wanted)} beside its inputs; {format_bytes(free)} is free"
+
+
+def compile_refusal(
+    error: jax.errors.JaxRuntimeError, shape: Shape, free: int | None
+) -> str | None:
+    """The reason why a program whose float32 logits do not fit did not compile; None if they do.
+
+    XLA tries products on the device while it compiles, and fails there with other words.
+    """
+    logits = score_matrix_bytes(shape) * 4 // shape.itemsize
+    words = ("All configs failed", "Failed to get configs", "RESOURCE_EXHAUSTED")
+    if free is None or logits <= free or not any(word in str(error) for word in words):
+        return None
+    return (
+        f"does not compile on the device: the float32 logits take {format_bytes(logits)}; "
+        f"{format_bytes(free)} is free"
+    )
 
 
 def format_bytes(count: float) -> str:

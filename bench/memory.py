@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from bench import cli, results, seed
+from bench import capacity, cli, results, seed
 from bench.baselines import Implementation
 from bench.capacity import ProgramBytes, format_bytes, program_bytes
 from bench.progress import progress
@@ -64,8 +64,11 @@ def compile_cell(
         try:
             memory = program_bytes(jax.jit(function).lower(*args).compile())
             reason = None if memory else "this platform has no memory analysis"
-        except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+        except (ValueError, NotImplementedError) as error:  # a refusal at trace time
+            reason = results.first_line(error)
+        except jax.errors.JaxRuntimeError as error:
+            free = capacity.free_bytes(jax.devices()[0])
+            reason = capacity.compile_refusal(error, shape, free) or results.first_line(error)
     return MemoryCell(shape, direction, implementation.name, memory, reason)
 
 

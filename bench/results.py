@@ -61,6 +61,11 @@ class Footnotes:
         return "\n".join(f"- [{number}] {text}" for text, number in self._numbers.items())
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, or its kind when it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def slug(text: str) -> str:
     """Lower case, with a dash for everything that is no letter or digit."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

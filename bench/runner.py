@@ -18,7 +18,6 @@ from bench.shapes import (
     Shape,
     flops,
     random_inputs,
-    score_matrix_bytes,
 )
 from bench.timing import Budget, Clock, Program, Timing, compile_program, interleaved
 
@@ -142,9 +141,12 @@ def _prepare(
     try:
         program = compile_program(function, inputs)
     except (ValueError, NotImplementedError) as error:  # a refusal at trace time
-        return dataclasses.replace(cell, status="skipped", reason=_first_line(error)), None
+        return dataclasses.replace(cell, status="skipped", reason=results.first_line(error)), None
     except jax.errors.JaxRuntimeError as error:
-        return _compile_failure(cell, error, capacity.free_bytes(settings.device)), None
+        reason = capacity.compile_refusal(error, shape, capacity.free_bytes(settings.device))
+        if reason is None:
+            return _runtime_failure(cell, error), None
+        return dataclasses.replace(cell, status="skipped", reason=reason), None
     memory = capacity.program_bytes(program.compiled)
     cell = dataclasses.replace(cell, memory=memory)
     reason = capacity.refusal(memory, capacity.free_bytes(settings.device))
@@ -179,30 +181,14 @@ def _checked(
     return cell, program
 
 
-def _compile_failure(cell: Cell, error: jax.errors.JaxRuntimeError, free: int | None) -> Cell:
-    """XLA tries products on the device while compiling; what does not fit there fails oddly."""
-    logits = 2 * score_matrix_bytes(cell.shape)  # float32, of 16-bit inputs
-    if "All configs failed" not in str(error) or free is None or logits <= free:
-        return _runtime_failure(cell, error)
-    reason = (
-        f"does not compile: its float32 logits take {capacity.format_bytes(logits)}; "
-        f"{capacity.format_bytes(free)} is free"
-    )
-    return dataclasses.replace(cell, status="skipped", reason=reason)
-
-
 def _runtime_failure(cell: Cell, error: jax.errors.JaxRuntimeError) -> Cell:
     """Out of memory is a skip; anything else an implementation raises is its failure."""
     status: Status = "skipped" if "RESOURCE_EXHAUSTED" in str(error) else "failed"
-    return dataclasses.replace(cell, status=status, reason=_first_line(error))
+    return dataclasses.replace(cell, status=status, reason=results.first_line(error))
 
 
 def _budget_key(cell: Cell) -> tuple[str, ...]:
     return (cell.implementation, cell.direction, str(cell.shape.is_causal))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def record(cell: Cell, origin: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from bench import results
+
 WALL = "wall time around block_until_ready"
 CUPTI = "CUPTI device time, summed over the kernels of a call"
 
@@ -98,7 +100,7 @@ def device_clock(device: jax.Device) -> Clock:
         x = jax.device_put(np.ones((256, 256), np.float32), device)
         clock.measure_ms(compile_program(lambda x: x @ x, (x,)))
     except (ImportError, RuntimeError) as error:
-        return wall_clock(f"{WALL} (CUPTI did not answer: {_first_line(error)})")
+        return wall_clock(f"{WALL} (CUPTI did not answer: {results.first_line(error)})")
     return clock
 
 
@@ -160,7 +162,3 @@ class Budget:
         if forecast <= left:
             return None
         return "would not end within the time budget of this run, judged by the runs before it"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

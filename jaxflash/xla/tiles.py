@@ -18,9 +18,9 @@ from pallas_kernels import spec
 
 _Carry = TypeVar("_Carry")
 
-# Logits of all batches and heads at once: on a CPU the MiB that stays in its cache (fastest of
-# 2^16..2^22, bench/LOG.md), elsewhere enough to fill the device.
-_LOGITS_AT_ONCE = {"cpu": 2**18}
+# Logits of all batches and heads at once: on a CPU what stays in its cache (the best of
+# 2^18..2^21, bench/LOG.md), elsewhere enough to fill the device.
+_LOGITS_AT_ONCE = {"cpu": 2**20}
 _LOGITS_AT_ONCE_ELSEWHERE = 2**24
 
 
@@ -55,8 +55,13 @@ class Tiling:
 
     @classmethod
     def of(cls, problem: spec.Problem, operands: spec.Operands) -> "Tiling":
-        """The largest tiles whose logits, over all batches and heads, stay within a limit."""
+        """The largest tiles whose logits, over all batches and heads, stay within the limit.
+
+        And a quarter of the matrix at most, without which a short sequence would save nothing,
+        unless the matrix is no larger than its operands.
+        """
         limit = _LOGITS_AT_ONCE.get(problem.device.platform, _LOGITS_AT_ONCE_ELSEWHERE)
+        limit = min(limit, problem.B * problem.N * max(128 * 128, problem.T * problem.S // 4))
         q, kv = 1024, 1024
         while problem.B * problem.N * q * kv > limit and q > 64:
             q, kv = (q, kv // 2) if kv > q else (q // 2, kv)
@@ -81,8 +86,8 @@ class Tiling:
                 full.select(np.array([], int)),
             )
         for tiles, masked in ((full, False), (partial, True)):
+            step = functools.partial(_step, visit, masked)
             if len(tiles.q) > 0:
-                step = functools.partial(_step, visit, masked)
                 carry, _ = lax.scan(step, carry, jax.tree.map(jnp.asarray, tiles))
         return carry
 
