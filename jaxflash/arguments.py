@@ -1,5 +1,6 @@
 """From what a user passes to what a backend is asked: a Problem and its Operands."""
 
+import math
 from typing import Any
 
 import jax
@@ -90,14 +91,7 @@ def canonicalize(
 
 def _flat(x: Any, batch: tuple[int, ...]) -> Any:
     """Merges the leading batch axes into one."""
-    return x if len(batch) == 1 else x.reshape(_size(batch), *x.shape[len(batch) :])
-
-
-def _size(batch: tuple[int, ...]) -> int:
-    size = 1
-    for n in batch:
-        size *= n
-    return size
+    return x if len(batch) == 1 else x.reshape(math.prod(batch), *x.shape[len(batch) :])
 
 
 def _scale(scale: Any, H: int) -> float:
@@ -138,7 +132,7 @@ def _flat_logits(x: Any, logits: tuple[int, ...], spread_dtype: Any) -> Any:
     """``x`` as [B|1, N|1, T|1, S|1]; batch axes are spread only where one of several is."""
     x = x.reshape((1,) * (len(logits) - x.ndim) + x.shape)
     batch = x.shape[:-3]
-    if _size(batch) == 1:
+    if math.prod(batch) == 1:
         return x.reshape(1, *x.shape[-3:])
     if batch != logits[:-3]:
         x = jnp.broadcast_to(x.astype(spread_dtype), logits[:-3] + x.shape[-3:])

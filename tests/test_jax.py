@@ -301,3 +301,36 @@ def test_memory_is_linear_in_the_sequence() -> None:
     matrix = 4 * 8192 * 8192 * 4
     assert ours[2] < matrix / 10
     assert temporary_bytes(8192, "reference") > matrix
+
+
+def _scan_lengths(jaxpr: Any) -> list[int]:
+    """Lengths of all scans of a program, inner programs included."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            found.append(equation.params["length"])
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(inner, "eqns"):
+                found += _scan_lengths(inner)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("options", "visible"),
+    [
+        ({}, 16 * 16),
+        ({"is_causal": True}, 16 * 17 // 2),
+        ({"local_window_size": (0, 0)}, 16),
+        ({"local_window_size": (1, 0)}, 16 + 15),
+        ({"is_causal": True, "query_offset": -1024}, 8 * 9 // 2),
+    ],
+)
+def test_tiles_that_nobody_sees_are_not_visited(options: dict[str, Any], visible: int) -> None:
+    """2048 x 2048 with 64 heads of all batches is cut into 16 x 16 tiles of 128 x 128 for a CPU."""
+    x = jax.ShapeDtypeStruct((4, 2048, 16, 8), jnp.float32)
+
+    def loss(*qkv: jax.Array) -> jax.Array:
+        return jnp.sum(jaxflash.dot_product_attention(*qkv, **options))
+
+    for program, walks in ((loss, 1), (jax.grad(loss), 2)):
+        assert sum(_scan_lengths(jax.make_jaxpr(program)(x, x, x).jaxpr)) == walks * visible
