@@ -55,7 +55,8 @@ def dot_product_attention(
     inputs). The [T, S] matrix is never stored.
 
     A row that sees no key gives output 0, lse -inf and zero gradients (``jax.nn`` gives the mean
-    of the values). Keys that nobody sees contribute nothing even when they hold NaN.
+    of the values). Keys that nobody sees contribute nothing even when they hold NaN; a NaN that is
+    seen stays one.
 
     Args:
       query: ``[*B, T, N, H]``, any number of batch axes; bfloat16, float16, float32 or float64.
@@ -82,8 +83,11 @@ def dot_product_attention(
       sinks: floating ``[N]``; one logit a head that takes weight and has no value. Differentiable.
       score_mod: ``score_mod(score, b, h, q_idx, kv_idx) -> score``, written for scalars in plain
         jnp; ``b`` counts the flattened batch, ``q_idx`` is the position (row + query_offset). It
-        may capture arrays, and they receive gradients.
+        may capture arrays, and they receive gradients, summed within a tile in their own dtype:
+        capture float32. Its derivative must be finite for masked pairs too. Inside ``shard_map``
+        it needs ``check_vma=False``.
       mask_mod: ``mask_mod(b, h, q_idx, kv_idx) -> bool``, True where visible; may capture arrays.
+        Inside ``shard_map`` it needs ``check_vma=False``.
       dropout_rate: probabilities are dropped with this rate, in [0, 1), the others divided by
         ``1 - rate``. The mask depends only on the key and on (b, h, position, key index).
       dropout_key: a key of ``jax.random``; required when the rate is positive.
@@ -211,7 +215,7 @@ def merge(
       Output in the dtype of ``out_a`` and lse. Associative up to rounding; differentiable.
 
     Raises:
-      ValueError: the shapes differ.
+      ValueError, TypeError: the shapes differ, or something is no floating array.
 
     Example:
       >>> import jax, jaxflash
@@ -224,6 +228,10 @@ def merge(
 
     Source: Liu et al., "Ring Attention" (2023), section 3.
     """
+    out_a, lse_a = checks.as_array("out_a", out_a), checks.as_array("lse_a", lse_a)
+    out_b, lse_b = checks.as_array("out_b", out_b), checks.as_array("lse_b", lse_b)
+    for name, x in (("out_a", out_a), ("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b)):
+        checks.floating(name, x)
     checks.shaped("out_b", out_b, out_a.shape, "that of out_a")
     checks.shaped("lse_a", lse_a, out_a.shape[:-1], "[*B, T, N]")
     checks.shaped("lse_b", lse_b, out_a.shape[:-1], "[*B, T, N]")

@@ -72,6 +72,8 @@ def canonicalize(
         score_consts=score_consts,
         mask_consts=mask_consts,
     )
+    for name, function in (("score_mod", score_mod), ("mask_mod", mask_mod)):
+        checks.not_in_checked_shard_map(name, function, operands)
     window = checks.window(local_window_size)
     problem = spec.Problem(
         operands=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), operands),
@@ -167,6 +169,7 @@ def _segments(
 def _offset(offset: Any, batch: tuple[int, ...]) -> tuple[int, Any]:
     """A static offset and None, or 0 and an int32 [B] of offsets known at run time."""
     if checks.is_int(offset):
+        checks.int32_range("query_offset", offset)
         return int(offset), None
     offset = checks.as_array("query_offset", offset)
     checks.int32("query_offset", offset)
@@ -190,6 +193,7 @@ def _score_mod(function: Any, dtype: Any) -> tuple[spec.ElementFunction | None, 
         return None, ()
     checks.element_function("score_mod", function, _SCORE_ARGUMENTS)
     traced, consts = spec.ElementFunction.trace(function, (dtype, *(jnp.int32,) * 4))
+    checks.captured("score_mod", consts)
     checks.element_result("score_mod", traced.result, jnp.floating, "a floating score")
     return traced, consts
 

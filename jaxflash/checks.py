@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 FLOATS = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)))
 
@@ -15,7 +16,8 @@ FLOATS = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float
 def as_array(name: str, x: Any) -> Any:
     """``x`` as an array."""
     is_number_or_list = isinstance(x, Sequence | numbers.Number) and not isinstance(x, str)
-    if not hasattr(x, "dtype") and not is_number_or_list:
+    is_array = hasattr(x, "dtype") or hasattr(x, "__jax_array__")
+    if not is_array and not is_number_or_list:
         raise TypeError(f"{name} must be an array; got {_shown(x)}")
     return jnp.asarray(x)
 
@@ -90,6 +92,12 @@ def int32(name: str, x: Any) -> None:
         raise TypeError(f"{name} must be int32; got {x.dtype}; convert it with .astype(jnp.int32)")
 
 
+def int32_range(name: str, x: Any) -> None:
+    """A static integer must fit positions."""
+    if not -(2**30) <= x < 2**30:
+        raise ValueError(f"{name} must be within 2**30 of zero; got {x}")
+
+
 def floating(name: str, x: Any, remedy: str = "") -> None:
     """``x`` must be of a floating dtype."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -107,9 +115,9 @@ def boolean_array(name: str, x: Any) -> None:
 
 def flag(name: str, x: Any) -> bool:
     """A Python bool."""
-    if not isinstance(x, bool):
+    if not isinstance(x, bool | np.bool_):
         raise TypeError(f"{name} must be True or False, known at trace time; got {_shown(x)}")
-    return x
+    return bool(x)
 
 
 def number(name: str, x: Any, remedy: str) -> float:
@@ -194,6 +202,23 @@ def precision(x: Any) -> jax.lax.Precision | None:
         ) from error
 
 
+def captured(name: str, consts: tuple[Any, ...]) -> None:
+    """What a function captures must be real, or its gradient would need a convention."""
+    for x in consts:
+        if jnp.issubdtype(jnp.result_type(x), jnp.complexfloating):
+            raise TypeError(f"{name} must capture no complex array; got {_shown(x)}; split it")
+
+
+def not_in_checked_shard_map(name: str, function: Any, arrays: Any) -> None:
+    """The types of a traced function do not say over which mesh axes its values vary."""
+    varies = any(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(arrays))
+    if function is not None and varies:
+        raise ValueError(
+            f"{name} inside jax.shard_map needs check_vma=False; got {function!r} and operands "
+            "that vary over mesh axes"
+        )
+
+
 def is_int(x: Any) -> bool:
     """Whether ``x`` is an integer, and neither a bool nor an array."""
     return isinstance(x, numbers.Integral) and not isinstance(x, bool)
@@ -203,8 +228,9 @@ def _is_real(x: Any) -> bool:
     """A number, or a concrete array of one."""
     if isinstance(x, bool | jax.core.Tracer):
         return False
-    is_number = jnp.issubdtype(getattr(x, "dtype", object), jnp.number) and jnp.shape(x) == ()
-    return isinstance(x, numbers.Real) or is_number
+    dtype = getattr(x, "dtype", object)
+    is_real = jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+    return isinstance(x, numbers.Real) or (is_real and jnp.shape(x) == ())
 
 
 def _shown(x: Any) -> str:

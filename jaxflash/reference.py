@@ -51,7 +51,9 @@ def forward(
             p = spec.dropout.apply(problem, tile, operands.dropout_seed, p)
         rows = rows._replace(acc=einsum("bnts,bsnh->bnth", p, value))
     sinks = operands.sinks
-    out, lse = spec.softmax.finish(rows, None if sinks is None else sinks.astype(dtype)[:, None])
+    if sinks is not None:
+        sinks = sinks.astype(dtype).reshape(1, problem.N, 1)
+    out, lse = spec.softmax.finish(rows, sinks)
     return out.swapaxes(1, 2).astype(problem.dtype), lse.swapaxes(1, 2)
 
 

@@ -14,6 +14,7 @@ def _x(*shape: int, dtype: Any = jnp.float32) -> jax.Array:
     return jnp.ones(shape, dtype)
 
 
+_COMPLEX = jnp.ones(4, jnp.complex64)
 _SEGMENT = jnp.zeros((2, 8), jnp.int32)
 
 
@@ -148,6 +149,13 @@ WRONG = [
         ValueError,
         "query_offset must have shape [] or [*B] = (2,); got shape (3,)",
         query_offset=_x(3, dtype=jnp.int32),
+    ),
+    Wrong(ValueError, "query_offset must be within 2**30 of zero", query_offset=2**40),
+    Wrong(TypeError, "scale must be a number known at trace time", scale=jnp.complex64(1j)),
+    Wrong(
+        TypeError,
+        "score_mod must capture no complex array; got an array of shape (4,) and dtype complex64",
+        score_mod=lambda s, b, h, q, k: s + jnp.real(_COMPLEX[h]),
     ),
     # lengths and segments
     Wrong(TypeError, "query_seq_lengths must be int32; got float32", query_seq_lengths=_x(2)),
@@ -304,6 +312,12 @@ def test_merge_refuses_other_shapes() -> None:
         jaxflash.merge(out, lse, out, lse[:1])
     with pytest.raises(ValueError, match="out_b must have shape"):
         jaxflash.merge(out, lse, out[:1], lse)
+
+
+def test_merge_refuses_integers() -> None:
+    out = _x(2, 8, 4, 16)
+    with pytest.raises(TypeError, match="lse_a must be floating; got int32"):
+        jaxflash.merge(out, _x(2, 8, 4, dtype=jnp.int32), out, _x(2, 8, 4))
 
 
 def test_errors_of_score_mod_pass_through() -> None:

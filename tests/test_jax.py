@@ -222,6 +222,29 @@ def test_shard_map(check_vma: bool) -> None:
     _assert_close(actual, truth)
 
 
+def test_shard_map_with_functions_of_elements() -> None:
+    """Their captured arrays are summed over devices; with check_vma the refusal says what to do."""
+    arrays = _arrays()
+    qkv = tuple(arrays[k] for k in ("query", "key", "value"))
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, w: jax.Array) -> jax.Array:
+        return jaxflash.dot_product_attention(
+            q, k, v, score_mod=lambda s, b, h, i, j: s + w * (i - j) / 50, is_causal=True
+        )
+
+    def loss(w: jax.Array, check_vma: bool) -> jax.Array:
+        specs = (*(_BY_BATCH_AND_HEAD,) * 3, P())
+        sharded = jax.shard_map(
+            attend, mesh=_mesh(), in_specs=specs, out_specs=specs[0], check_vma=check_vma
+        )
+        return jnp.sum(jnp.sin(sharded(*qkv, w)))
+
+    actual = jax.jit(jax.grad(lambda w: loss(w, False)))(0.3)
+    _assert_close(actual, jax.grad(lambda w: jnp.sum(jnp.sin(attend(*qkv, w))))(0.3))
+    with pytest.raises(ValueError, match=r"score_mod inside jax\.shard_map needs check_vma=False"):
+        loss(jnp.float32(0.3), True)
+
+
 @pytest.mark.parametrize("with_lengths", [False, True])
 def test_sharded_batch_and_heads_need_no_gather(with_lengths: bool) -> None:
     mesh = _mesh()

@@ -105,7 +105,13 @@ def test_numpy_arrays_and_lists_are_arrays() -> None:
     floating, _ = _inputs(2, None, None, None)
     as_numpy = {k: np.asarray(x) for k, x in floating.items()}
     lengths = {"key_value_seq_lengths": np.array([3, 4], np.int32)}
-    assert _difference(as_numpy, lengths, {}) < 5e-6
+    assert _difference(as_numpy, lengths, {"is_causal": np.bool_(True)}) < 5e-6
+    one = [[[1.0, 2.0]], [[0.5, 0.0]]]  # [T, N, H]
+    np.testing.assert_allclose(
+        jaxflash.dot_product_attention(one, one, one),
+        jax.nn.dot_product_attention(*(np.float32(one),) * 3),
+        rtol=1e-5,
+    )
 
 
 def test_empty_rows_are_where_we_differ() -> None:

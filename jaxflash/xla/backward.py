@@ -43,6 +43,7 @@ def backward(
     tiling = tiles.Tiling.of(problem, operands)
     # d lse / d s = p and d out / d s = p (dp - delta): one vector carries both cotangents.
     delta = jnp.sum(dout.astype(lse.dtype) * out.astype(lse.dtype), axis=-1) - dlse
+    delta = jnp.where(lse == -jnp.inf, 0, delta)
     of_rows = [tiles.by_group(problem, tiling.pad_rows(x, 1)) for x in (dout, lse, delta)]
 
     def visit(grads: Gradients, block: spec.Tiles, masked: bool) -> Gradients:
@@ -94,9 +95,9 @@ def _of_sinks(sinks: Any, lse: jax.Array, delta: jax.Array) -> jax.Array | None:
     """A sink is a key without a value: dp = 0, hence ds = -p delta."""
     if sinks is None:
         return None
-    empty = lse == -jnp.inf
-    p = jnp.exp(sinks.astype(lse.dtype) - jnp.where(empty, 0, lse))
-    return jnp.sum(jnp.where(empty, 0, -p * delta), axis=(0, 1))
+    sinks = sinks.astype(lse.dtype).reshape(1, 1, -1)
+    p = jnp.where(lse == -jnp.inf, 0, jnp.exp(sinks - jnp.where(lse == -jnp.inf, 0, lse)))
+    return jnp.sum(-p * delta, axis=(0, 1))
 
 
 def _start(tiling: tiles.Tiling) -> Gradients:

@@ -34,6 +34,6 @@ def forward(problem: spec.Problem, operands: spec.Operands) -> tuple[jax.Array, 
     state = jax.tree.map(lambda x: x[:, :, :, : problem.T], state)
     sinks = operands.sinks
     if sinks is not None:
-        sinks = sinks.astype(problem.compute_dtype).reshape(problem.K, problem.G, 1)
+        sinks = sinks.astype(problem.compute_dtype).reshape(1, problem.K, problem.G, 1)
     out, lse = softmax.finish(state, sinks)
     return tiles.rows_first(problem, out).astype(problem.dtype), tiles.rows_first(problem, lse)

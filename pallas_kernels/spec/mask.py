@@ -5,7 +5,7 @@ import operator
 from typing import Any
 
 from pallas_kernels.spec.problem import Problem
-from pallas_kernels.spec.tile import Tile
+from pallas_kernels.spec.tile import Tile, coordinates
 
 
 def allowed(problem: Problem, tile: Tile) -> Any:
@@ -25,8 +25,7 @@ def allowed(problem: Problem, tile: Tile) -> Any:
     if tile.mask is not None:
         terms.append(tile.mask)
     if problem.mask_mod is not None:
-        where = (tile.batch, tile.head, tile.position, tile.key)
-        terms.append(problem.mask_mod(tile.mask_consts, *where))
+        terms.append(problem.mask_mod(tile.mask_consts, *coordinates(problem, tile)))
     return functools.reduce(operator.and_, terms) if terms else None
 
 

@@ -46,28 +46,33 @@ class Operands(NamedTuple):
 class ElementFunction:
     """A user's elementwise function, traced on scalars, its captured arrays made arguments.
 
-    Two of them are equal when they come from the same function object and captured arrays of
-    the same types, which is the rule jax.jit uses for the functions it caches.
+    Two of them are equal when they are the same program, so that eager calls with equal functions
+    share what was compiled. Neither the user's function nor a captured value is kept.
     """
 
-    function_id: int
+    structure: Any  # compares equal for equal programs only
     const_types: tuple[tuple[tuple[int, ...], Any], ...]
-    function: Callable[..., Any] = dataclasses.field(compare=False)  # keeps function_id alive
-    jaxpr: Any = dataclasses.field(compare=False)  # ClosedJaxpr of scalar arguments
+    jaxpr: Any = dataclasses.field(compare=False)  # of scalars; captured arrays are its constvars
 
     @classmethod
     def trace(
         cls, function: Callable[..., Any], argument_types: tuple[Any, ...]
     ) -> tuple["ElementFunction", tuple[Any, ...]]:
         """Traces ``function`` on scalars; returns it with the arrays it captures."""
-        jaxpr = jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct((), t) for t in argument_types))
-        types = tuple((jnp.shape(c), jnp.result_type(c)) for c in jaxpr.consts)
-        return cls(id(function), types, function, jaxpr), tuple(jaxpr.consts)
+
+        def fresh(*scalars: Any) -> Any:
+            """JAX caches traces by function, and what the user's captures may have changed."""
+            return function(*scalars)
+
+        closed = jax.make_jaxpr(fresh)(*(jax.ShapeDtypeStruct((), t) for t in argument_types))
+        types = tuple((jnp.shape(c), jnp.result_type(c)) for c in closed.consts)
+        structure = str(closed.jaxpr) if _is_told_by_its_text(closed.jaxpr) else object()
+        return cls(structure, types, closed.jaxpr), tuple(closed.consts)
 
     @property
     def result(self) -> Any:
         """Abstract values of what the function returns, one for each leaf."""
-        return self.jaxpr.out_avals
+        return [v.aval for v in self.jaxpr.outvars]
 
     def __call__(self, consts: tuple[Any, ...], *args: Any) -> Any:
         """Applies the function elementwise to broadcastable arrays.
@@ -75,8 +80,23 @@ class ElementFunction:
         Axes of size one are not spread before they must be: a table indexed by the head alone is
         read once a head.
         """
-        scalar = jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(self.jaxpr.jaxpr, consts))
+        scalar = jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(self.jaxpr, consts))
         return jnp.vectorize(lambda *a: scalar(*a)[0])(*args)
+
+
+def _is_told_by_its_text(jaxpr: Any) -> bool:
+    """Whether printing a program shows all of it: no functions, no constants within."""
+    for equation in jaxpr.eqns:
+        if any(hasattr(x, "val") and np.ndim(x.val) > 0 for x in equation.invars):
+            return False
+        for x in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(x, "eqns"):
+                inner = getattr(x, "jaxpr", x)
+                if len(getattr(x, "consts", ())) > 0 or not _is_told_by_its_text(inner):
+                    return False
+            elif callable(x) and not isinstance(x, type):
+                return False
+    return True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.spec.problem import Problem
-from pallas_kernels.spec.tile import Tile
+from pallas_kernels.spec.tile import Tile, coordinates
 
 
 def modify(problem: Problem, tile: Tile, s: Any) -> Any:
@@ -27,7 +27,7 @@ def modify(problem: Problem, tile: Tile, s: Any) -> Any:
         distance = jnp.abs(tile.position - tile.key).astype(s.dtype)
         s = s - parameters.alibi_slope.astype(s.dtype) * distance
     if problem.score_mod is not None:
-        where = (tile.batch, tile.head, tile.position, tile.key)
+        where = coordinates(problem, tile)
         score = s.astype(problem.compute_dtype)
         s = problem.score_mod(parameters.consts, score, *where).astype(s.dtype)
     return s

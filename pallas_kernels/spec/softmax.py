@@ -2,8 +2,9 @@
 
 ``m`` is the running maximum of a row's logits, ``l`` the sum of ``exp(s - m)``, ``lse`` their
 natural log-sum-exp ``m + log(l)``. A row that has seen nothing has ``m = lse = -inf`` and
-``l = 0``; no function here makes a NaN of it, in values or in derivatives. Outputs do not depend
-on which ``m`` is subtracted, so no derivative is taken through it.
+``l = 0``; no function here makes a NaN of it, in values or in derivatives. A NaN among the logits
+does stay one. Outputs do not depend on which ``m`` is subtracted, so no derivative is taken through
+it.
 """
 
 from typing import Any, NamedTuple
@@ -48,7 +49,7 @@ def finish(state: State, sink: Any = None) -> tuple[Any, Any]:
 
     A row that saw no key gives 0 and -inf, with a sink too.
     """
-    seen = state.l > 0
+    seen = state.m != -jnp.inf
     m, total = _finite(state.m), state.l
     if sink is not None:
         m = lax.stop_gradient(jnp.maximum(m, sink))
@@ -66,7 +67,7 @@ def merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> tuple[Any, Any]:
     Outputs are [..., rows, Hv], lse [..., rows], all in the compute dtype.
     """
     m = lax.stop_gradient(jnp.maximum(lse_a, lse_b))
-    seen = m > -jnp.inf
+    seen = m != -jnp.inf
     m = _finite(m)
     weight_a, weight_b = jnp.exp(lse_a - m), jnp.exp(lse_b - m)
     total = jnp.where(seen, weight_a + weight_b, 1)

@@ -72,6 +72,17 @@ def tile_of(
     )
 
 
+def coordinates(problem: Problem, tile: Tile) -> tuple[Any, Any, Any, Any]:
+    """Batch, head, position and key of each element, as ``score_mod`` and ``mask_mod`` see them.
+
+    Beyond the last row or key they are those of the last: a function that is sound where there are
+    elements is not asked elsewhere.
+    """
+    beyond = jnp.maximum(tile.row - (problem.T - 1), 0)
+    key = jnp.minimum(tile.key, problem.S - 1)
+    return tile.batch, tile.head, tile.position - beyond, key
+
+
 def window_of(x: Any, rows: tuple[Any, int], keys: tuple[Any, int]) -> Any:
     """The part of ``x`` [B|1, N|1, T|1, S|1] that a tile sees; broadcast axes stay of size 1."""
     if x is None:
