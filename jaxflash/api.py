@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int32, Shaped
 
 from jaxflash import checks, dispatch, vjp
@@ -115,8 +114,9 @@ def dot_product_attention(
     """
     dispatch.check_name(implementation)
     checks.flag("return_residual", return_residual)
+    queries = checks.as_array("query", query)
     problem, operands = canonicalize(
-        query,
+        queries,
         key,
         value,
         bias,
@@ -140,7 +140,7 @@ def dot_product_attention(
         deterministic=deterministic,
     )
     out, lse = vjp.attention(dispatch.select(problem, implementation), problem, operands)
-    batch = jnp.shape(query)[:-3]
+    batch = queries.shape[:-3]
     out, lse = (x if len(batch) == 1 else x.reshape(*batch, *x.shape[1:]) for x in (out, lse))
     return (out, lse) if return_residual else out
 

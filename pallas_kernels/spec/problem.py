@@ -51,8 +51,7 @@ class ElementFunction:
     """
 
     structure: Any  # compares equal for equal programs only
-    const_types: tuple[tuple[tuple[int, ...], Any], ...]
-    jaxpr: Any = dataclasses.field(compare=False)  # of scalars; captured arrays are its constvars
+    program: Any = dataclasses.field(compare=False)  # ClosedJaxpr of captures and scalars
 
     @classmethod
     def trace(
@@ -64,15 +63,21 @@ class ElementFunction:
             """JAX caches traces by function, and what the user's captures may have changed."""
             return function(*scalars)
 
-        closed = jax.make_jaxpr(fresh)(*(jax.ShapeDtypeStruct((), t) for t in argument_types))
-        types = tuple((jnp.shape(c), jnp.result_type(c)) for c in closed.consts)
-        structure = str(closed.jaxpr) if _is_told_by_its_text(closed.jaxpr) else object()
-        return cls(structure, types, closed.jaxpr), tuple(closed.consts)
+        scalars = [jax.ShapeDtypeStruct((), t) for t in argument_types]
+        closed = jax.make_jaxpr(fresh)(*scalars)
+
+        def opened(consts: Any, *scalars: Any) -> Any:
+            return jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(closed.jaxpr, consts))(*scalars)
+
+        consts = tuple(closed.consts)
+        types = tuple(jax.ShapeDtypeStruct(jnp.shape(c), jnp.result_type(c)) for c in consts)
+        program = jax.make_jaxpr(opened)(types, *scalars)
+        return cls(str(program) if _is_told_by_its_text(program) else object(), program), consts
 
     @property
     def result(self) -> Any:
         """Abstract values of what the function returns, one for each leaf."""
-        return [v.aval for v in self.jaxpr.outvars]
+        return self.program.out_avals
 
     def __call__(self, consts: tuple[Any, ...], *args: Any) -> Any:
         """Applies the function elementwise to broadcastable arrays.
@@ -80,19 +85,20 @@ class ElementFunction:
         Axes of size one are not spread before they must be: a table indexed by the head alone is
         read once a head.
         """
-        scalar = jex_core.jaxpr_as_fun(jex_core.ClosedJaxpr(self.jaxpr, consts))
-        return jnp.vectorize(lambda *a: scalar(*a)[0])(*args)
+        scalar = jex_core.jaxpr_as_fun(self.program)
+        return jnp.vectorize(lambda *a: scalar(*consts, *a)[0])(*args)
 
 
-def _is_told_by_its_text(jaxpr: Any) -> bool:
+def _is_told_by_its_text(program: Any) -> bool:
     """Whether printing a program shows all of it: no functions, no constants within."""
-    for equation in jaxpr.eqns:
+    if len(getattr(program, "consts", ())) > 0:
+        return False
+    for equation in program.eqns:
         if any(hasattr(x, "val") and np.ndim(x.val) > 0 for x in equation.invars):
             return False
         for x in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
             if hasattr(x, "eqns"):
-                inner = getattr(x, "jaxpr", x)
-                if len(getattr(x, "consts", ())) > 0 or not _is_told_by_its_text(inner):
+                if not _is_told_by_its_text(x):
                     return False
             elif callable(x) and not isinstance(x, type):
                 return False
