@@ -177,11 +177,6 @@ class Problem:
     def masks_by_data(self) -> bool:
         """Whether visibility depends on the values of arrays, not on the band alone."""
         x = self.operands
-        return (
-            self.mask_mod is not None
-            or any(
-                a is not None
-                for a in (x.mask, x.query_lengths, x.key_value_lengths, x.query_segment_ids)
-            )
-            or self.static_band is None
-        )
+        arrays = (x.mask, x.query_lengths, x.key_value_lengths, x.query_segment_ids)
+        by_arrays = any(a is not None for a in arrays)
+        return by_arrays or self.mask_mod is not None or self.static_band is None
