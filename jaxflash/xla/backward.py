@@ -95,8 +95,7 @@ def _of_sinks(sinks: Any, lse: jax.Array, delta: jax.Array) -> jax.Array | None:
     """A sink is a key without a value: dp = 0, hence ds = -p delta."""
     if sinks is None:
         return None
-    sinks = sinks.astype(lse.dtype).reshape(1, 1, -1)
-    p = jnp.where(lse == -jnp.inf, 0, jnp.exp(sinks - jnp.where(lse == -jnp.inf, 0, lse)))
+    p = softmax.probabilities(sinks.astype(lse.dtype).reshape(1, 1, -1, 1), lse)[..., 0]
     return jnp.sum(-p * delta, axis=(0, 1))
 
 
