@@ -25,17 +25,32 @@ from jax.experimental.pallas.mosaic_gpu import (
     wait_smem_to_gmem,
 )
 
+from pallas_kernels.mosaic.atomic import counter, take_number
+from pallas_kernels.mosaic.evaluate import evaluate, refusal
 from pallas_kernels.mosaic.interpreter import RaceError, interpreting, is_interpreting
 from pallas_kernels.mosaic.launch import compiler_params, kernel
 from pallas_kernels.mosaic.matmul import (
+    assign,
+    fori_loop,
     fresh_accumulators,
     issue,
     matmul,
     matmul_add,
     peek,
     update_accumulators,
+    while_loop,
 )
-from pallas_kernels.mosaic.memory import Ref, layout_cast, load, store, tiled_smem
+from pallas_kernels.mosaic.memory import Ref, layout_cast, load, store, swizzle_columns, tiled_smem
+from pallas_kernels.mosaic.values import (
+    full,
+    iota,
+    load_columns,
+    load_matrix,
+    load_rows,
+    row_iota,
+    spread_columns,
+    spread_rows,
+)
 
 __all__ = [
     "SMEM",
@@ -43,25 +58,41 @@ __all__ = [
     "Layout",
     "RaceError",
     "Ref",
+    "assign",
     "barrier_arrive",
     "barrier_wait",
     "commit_smem",
     "compiler_params",
     "copy_gmem_to_smem",
     "copy_smem_to_gmem",
+    "counter",
+    "evaluate",
+    "fori_loop",
     "fresh_accumulators",
+    "full",
     "interpreting",
+    "iota",
     "is_interpreting",
     "issue",
     "kernel",
     "layout_cast",
     "load",
+    "load_columns",
+    "load_matrix",
+    "load_rows",
     "matmul",
     "matmul_add",
     "peek",
+    "refusal",
+    "row_iota",
     "set_max_registers",
+    "spread_columns",
+    "spread_rows",
     "store",
+    "swizzle_columns",
+    "take_number",
     "tiled_smem",
     "update_accumulators",
     "wait_smem_to_gmem",
+    "while_loop",
 ]

@@ -7,7 +7,8 @@ memory. Accumulators are float32. Three forms, from simple to fast:
 * `update_accumulators` with `issue`: products run while the body goes on; the final values come
   back when all have finished.
 * `fresh_accumulators` with `issue` and `peek`: as above, and values can be read one by one while
-  later products still run.
+  later products still run. `assign` replaces a value; `fori_loop` lets an accumulator live across
+  the steps of a loop.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.mosaic import interpreter
 from pallas_kernels.mosaic.memory import Ref, transposed
@@ -108,6 +110,51 @@ def peek(acc: Any, *, in_flight: int = 0) -> jax.Array:
     if interpreter.is_interpreting():
         return acc.value
     return plgpu.wgmma_accumulator_load(acc, wait_n=in_flight)
+
+
+def assign(acc: Any, value: jax.Array) -> None:
+    """Replaces the accumulator's value; no product may be running."""
+    if interpreter.is_interpreting():
+        acc.value = value
+    else:
+        acc[...] = value
+
+
+def fori_loop(
+    start: Any, stop: Any, body: Callable[[Any, Any], Any], carry: Any, *accumulators: Any
+) -> Any:
+    """``lax.fori_loop`` whose body may use `accumulators` that were made outside of it."""
+    if not interpreter.is_interpreting():
+        return lax.fori_loop(start, stop, body, carry)
+    state = lax.fori_loop(
+        start,
+        stop,
+        lambda i, state: _with_values(accumulators, state, lambda carry: body(i, carry)),
+        ([a.value for a in accumulators], carry),
+    )
+    return _with_values(accumulators, state, lambda carry: carry)[1]
+
+
+def while_loop(
+    condition: Callable[[Any], Any], body: Callable[[Any], Any], carry: Any, *accumulators: Any
+) -> Any:
+    """``lax.while_loop`` likewise; the condition sees the carry alone."""
+    if not interpreter.is_interpreting():
+        return lax.while_loop(condition, body, carry)
+    state = lax.while_loop(
+        lambda state: condition(state[1]),
+        lambda state: _with_values(accumulators, state, body),
+        ([a.value for a in accumulators], carry),
+    )
+    return _with_values(accumulators, state, lambda carry: carry)[1]
+
+
+def _with_values(accumulators: Sequence[Any], state: Any, body: Callable[[Any], Any]) -> Any:
+    """Gives interpreted accumulators their values, runs the body, and takes the values back."""
+    for acc, value in zip(accumulators, state[0], strict=True):
+        acc.value = value
+    carry = body(state[1])
+    return [acc.value for acc in accumulators], carry
 
 
 def _emulated(a: Any, b: Any, transpose_a: bool, transpose_b: bool) -> jax.Array:

@@ -20,14 +20,28 @@ _TILE_ROWS = 8  # the hardware's swizzle patterns repeat after eight rows
 _SWIZZLES = (128, 64, 32)
 
 
-def tiled_smem(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, swizzle: int = 128) -> Any:
+def swizzle_columns(columns: int) -> int:
+    """How many of so many 16-bit columns the widest swizzle takes that divides them."""
+    for swizzle in _SWIZZLES:
+        if columns % (swizzle // 2) == 0:
+            return swizzle // 2
+    raise ValueError(f"columns must be a multiple of {_SWIZZLES[-1] // 2}; got {columns}")
+
+
+def tiled_smem(
+    shape: tuple[int, ...], dtype: jax.typing.DTypeLike, swizzle: int | None = None
+) -> Any:
     """A shared-memory buffer in the tiled, swizzled form that TMA copies and wgmma share.
 
     Args:
       shape: The last two axes are tiled; leading ones (pipeline stages, warpgroups) are not.
       dtype: Element type.
       swizzle: Bytes of a swizzled row: 128, 64 or 32. The last axis must be a multiple of it.
+        Default: the widest that is possible.
     """
+    itemsize = jnp.dtype(dtype).itemsize
+    if swizzle is None:
+        swizzle = next((s for s in _SWIZZLES if shape[-1] * itemsize % s == 0), _SWIZZLES[-1])
     if swizzle not in _SWIZZLES:
         raise ValueError(f"swizzle must be one of {_SWIZZLES} bytes; got {swizzle}")
     columns = swizzle // jnp.dtype(dtype).itemsize

@@ -47,9 +47,9 @@ class Band:
         """Elementwise visibility, broadcasting ``q`` against ``k``."""
         seen = (k >= q) | (k <= q)  # all true, in the broadcast shape
         if self.lo is not None:
-            seen &= k - q >= self.lo
+            seen &= k >= q + self.lo
         if self.hi is not None:
-            seen &= k - q <= self.hi
+            seen &= k <= q + self.hi
         return seen
 
     def any_keys(self, q0: Index, q1: Index, size: int) -> tuple[Index, Index]:

@@ -22,7 +22,7 @@ def modify(problem: Problem, tile: Tile, s: Any) -> Any:
     if parameters.bias is not None:
         s = s + parameters.bias.astype(s.dtype)
     if problem.soft_cap is not None:
-        s = problem.soft_cap * jnp.tanh(s / problem.soft_cap)
+        s = problem.soft_cap * jnp.tanh(s * (1 / problem.soft_cap))
     if parameters.alibi_slope is not None:
         distance = jnp.abs(tile.position - tile.key).astype(s.dtype)
         s = s - parameters.alibi_slope.astype(s.dtype) * distance

@@ -1,0 +1,52 @@
+"""In which order a persistent grid works on the tiles of queries."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from jax import lax
+
+
+class Work(NamedTuple):
+    """One tile of queries."""
+
+    batch: Any
+    head: Any
+    q_block: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """An order of tiles, of which each block takes the next one when it is done with its last.
+
+    Tiles that run at the same time read the same keys and values: all of ``heads_at_once`` heads,
+    then the next heads. Within them the last queries come first, which under a causal mask are the
+    ones with most to do: the short tiles at the end even out when blocks finish.
+    """
+
+    batch: int
+    heads: int
+    q_blocks: int
+    heads_at_once: int  # divides batch * heads
+
+    def __post_init__(self) -> None:
+        if self.batch * self.heads % self.heads_at_once:
+            raise ValueError(
+                f"heads_at_once must divide {self.batch * self.heads}; got {self.heads_at_once}"
+            )
+
+    @property
+    def tiles(self) -> int:
+        return self.batch * self.heads * self.q_blocks
+
+    def work(self, tile: Any) -> Work:
+        """The tile that comes at a place of the order."""
+        of_section = self.heads_at_once * self.q_blocks
+        section, tile = lax.div(tile, of_section), lax.rem(tile, of_section)
+        head = section * self.heads_at_once + lax.rem(tile, self.heads_at_once)
+        q_block = self.q_blocks - 1 - lax.div(tile, self.heads_at_once)
+        return Work(lax.div(head, self.heads), lax.rem(head, self.heads), q_block)
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of ``number`` that is at most ``max(limit, 1)``."""
+    return max(d for d in range(1, max(1, min(number, limit)) + 1) if number % d == 0)

@@ -1,0 +1,159 @@
+"""What the operands say of a tile of logits, loaded from global memory into registers.
+
+Arrays whose last axes run over queries or keys are padded to whole tiles by `prepare`; copies of
+tiles by TMA need no padding, loads into registers do.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+
+from pallas_kernels import mosaic, spec
+from pallas_kernels.common.schedule import Work
+
+# A thread holds pairs of columns: all its columns are these bits of the first one plus a constant.
+_COLUMN_BITS = 6
+
+
+class _InKernel:
+    """A `spec.ElementFunction` that is applied inside a kernel; its captures are references."""
+
+    def __init__(self, function: spec.ElementFunction) -> None:
+        self._program = function.program
+
+    def __call__(self, captures: tuple[mosaic.Ref, ...], *args: Any) -> jax.Array:
+        return mosaic.evaluate(self._program, captures, *args)
+
+
+def in_kernel(problem: spec.Problem) -> spec.Problem:
+    """The problem with functions that a kernel can call."""
+    score, mask = problem.score_mod, problem.mask_mod
+    return dataclasses.replace(
+        problem,
+        score_mod=None if score is None else _InKernel(score),
+        mask_mod=None if mask is None else _InKernel(mask),
+    )
+
+
+def prepare(problem: spec.Problem, x: spec.Operands, rows: int, keys: int) -> spec.Operands:
+    """The operands as `tile_of` reads them: ``rows`` x ``keys`` are whole tiles that cover T x S."""
+
+    def cover(y: Any, axis: int, size: int) -> Any:
+        if y is None or y.shape[axis] == 1 or y.shape[axis] == size:
+            return y
+        widths = [(0, size - n if i == axis else 0) for i, n in enumerate(y.shape)]
+        return jnp.pad(y, widths)
+
+    mask = None if x.mask is None else x.mask.astype(jnp.int8)
+    return x._replace(
+        bias=cover(cover(x.bias, 2, rows), 3, keys),
+        mask=cover(cover(mask, 2, rows), 3, keys),
+        query_segment_ids=cover(x.query_segment_ids, 1, rows),
+        key_value_segment_ids=cover(x.key_value_segment_ids, 1, keys),
+        score_consts=tuple(c.reshape(-1) for c in x.score_consts),
+        mask_consts=tuple(c.reshape(-1) for c in x.mask_consts),
+    )
+
+
+def tile_of(
+    problem: spec.Problem,
+    x: spec.Operands,  # references
+    work: Work,
+    row0: Any,
+    key0: Any,
+    shape: tuple[int, int],
+    masked: bool,
+) -> spec.Tile:
+    """The tile of one head over the rows and keys that start at ``row0`` and ``key0``.
+
+    Query lengths are left out: rows beyond them are set right when the tile is done.
+    """
+    batch, head = work.batch, work.head
+    rows, keys = (row0, shape[0]), (key0, shape[1])
+    row = row0 + mosaic.iota(shape, 0)
+    offset = problem.query_offset if x.query_offset is None else x.query_offset[batch]
+    segments = masked and x.query_segment_ids is not None
+    row_ids = (x.query_segment_ids, rows, 0) if segments else None
+    key_ids = (x.key_value_segment_ids, keys, 1) if segments else None
+    slopes = x.alibi_slopes
+    tail = x.key_value_lengths is not None or problem.S % shape[1] != 0
+    return spec.Tile(
+        batch=batch,
+        head=head,
+        row=row,
+        key=key0 + mosaic.iota(shape, 1),
+        position=row + offset,
+        mask=_window(x.mask, work, rows, keys) != 0 if masked and x.mask is not None else None,
+        key_value_length=key_count(problem, x, batch) if masked and tail else None,
+        query_segment=_vector(batch, shape, *row_ids) if row_ids else None,
+        key_value_segment=_vector(batch, shape, *key_ids) if key_ids else None,
+        mask_consts=x.mask_consts,
+        parameters=spec.ScoreParameters(
+            bias=None if x.bias is None else _window(x.bias, work, rows, keys),
+            alibi_slope=None if slopes is None else slopes[head],
+            consts=x.score_consts,
+        ),
+    )
+
+
+def key_count(problem: spec.Problem, x: spec.Operands, batch: Any) -> Any:
+    """How many keys there are: S, or fewer where a length says so."""
+    if x.key_value_lengths is None:
+        return problem.S
+    return jnp.clip(x.key_value_lengths[batch], 0, problem.S)
+
+
+def row_count(problem: spec.Problem, x: spec.Operands, batch: Any) -> Any:
+    """How many rows there are, likewise."""
+    if x.query_lengths is None:
+        return problem.T
+    return jnp.clip(x.query_lengths[batch], 0, problem.T)
+
+
+def band_of(problem: spec.Problem, x: spec.Operands, batch: Any) -> spec.Band:
+    """The band over rows and keys."""
+    if x.query_offset is None:
+        return problem.band.shift(problem.query_offset)
+    return problem.band.shift(x.query_offset[batch])
+
+
+def allowed(problem: spec.Problem, tile: spec.Tile, key0: Any) -> Any:
+    """`spec.mask.allowed`, counting keys so that a thread's columns are constants.
+
+    Then a comparison of a column with what is the same in a whole row is one instruction and holds
+    no register. What depends on differences alone may be counted from anywhere.
+    """
+    length = tile.key_value_length
+    if problem.mask_mod is None:
+        origin = key0 + (mosaic.iota(tile.key.shape, 1) & _COLUMN_BITS)
+        tile = tile._replace(
+            key=mosaic.iota(tile.key.shape, 1) - (mosaic.iota(tile.key.shape, 1) & _COLUMN_BITS),
+            position=tile.position - origin,
+            key_value_length=None if length is None else length - origin,
+        )
+    return spec.mask.allowed(problem, tile)
+
+
+def _vector(batch: Any, shape: tuple[int, int], ref: mosaic.Ref, window: Any, axis: int) -> Any:
+    part = ref.at[batch, pl.ds(*window)]
+    if axis == 0:
+        return mosaic.spread_rows(mosaic.load_rows(part), shape)
+    return mosaic.spread_columns(mosaic.load_columns(part), shape)
+
+
+def _window(ref: mosaic.Ref, work: Work, rows: Any, keys: Any) -> Any:
+    """The part of [B|1, N|1, T|1, S|1] that a tile sees: [rows, keys], or a scalar."""
+    shape = (rows[1], keys[1])
+    batch = work.batch if ref.shape[0] > 1 else 0
+    head = work.head if ref.shape[1] > 1 else 0
+    if ref.shape[2] > 1 and ref.shape[3] > 1:
+        return mosaic.load_matrix(ref.at[batch, head, pl.ds(*rows), pl.ds(*keys)])
+    if ref.shape[2] > 1:
+        return mosaic.spread_rows(mosaic.load_rows(ref.at[batch, head, pl.ds(*rows), 0]), shape)
+    if ref.shape[3] > 1:
+        part = ref.at[batch, head, 0, pl.ds(*keys)]
+        return mosaic.spread_columns(mosaic.load_columns(part), shape)
+    return ref[batch, head, 0, 0]

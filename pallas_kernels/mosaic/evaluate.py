@@ -1,0 +1,218 @@
+"""Programs traced outside of a kernel, evaluated on tiles of registers inside of it.
+
+A user's elementwise function is traced on scalars. Here its program runs on matrices: scalars are
+spread where they meet one, what Mosaic GPU cannot lower is replaced by what it can, and an array
+that the function captured is a reference to global memory, read element by element.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.mosaic.gather import gather
+from pallas_kernels.mosaic.memory import Ref
+
+
+class _Captured(NamedTuple):
+    """A part of a captured array that has not been read: one element once ``shape`` is ()."""
+
+    ref: Ref  # flat
+    strides: tuple[int, ...]
+    sizes: tuple[int, ...]  # of the axes
+    offset: Any  # flat index of the first element
+
+    @classmethod
+    def whole(cls, ref: Ref, shape: tuple[int, ...]) -> _Captured:
+        strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+        return cls(ref, strides, shape, 0)
+
+    def read(self) -> Any:
+        if jnp.ndim(self.offset) == 0:
+            return self.ref[self.offset]
+        return gather(self.ref, self.offset)
+
+
+def evaluate(program: Any, captures: Sequence[Ref], *args: Any) -> Any:
+    """Applies a program of captured arrays and scalars to matrices and scalars.
+
+    Args:
+      program: ClosedJaxpr; its first inputs are the captured arrays, its constants scalars.
+      captures: References to the captured arrays, flattened.
+      *args: The rest of the inputs: scalars, or matrices of one shape.
+
+    Returns:
+      The program's only output.
+    """
+    jaxpr = program.jaxpr
+    shapes = [v.aval.shape for v in jaxpr.invars[: len(captures)]]
+    views = [_simplest(_Captured.whole(r, s)) for r, s in zip(captures, shapes, strict=True)]
+    return _run(jaxpr, program.consts, [*views, *args])[0]
+
+
+def refusal(program: Any) -> str | None:
+    """Why a program cannot be evaluated in a kernel; None if it can."""
+    for equation in program.jaxpr.eqns:
+        name = equation.primitive.name
+        if name in _CALLS:
+            reason = refusal(_callee(equation))
+            if reason is not None:
+                return reason
+        elif name not in _ELEMENTWISE and name not in _REPLACED and name not in _VIEWS:
+            return f"its operation {name!r} has no form inside a kernel"
+        elif any(v.aval.shape for v in equation.outvars) and name not in _VIEWS:
+            return f"it computes an array, by {name!r}, and not one score at a time"
+    return None
+
+
+def _run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+    values.update(zip(jaxpr.invars, args, strict=True))
+
+    def value(atom: Any) -> Any:
+        return atom.val if hasattr(atom, "val") else values[atom]
+
+    for equation in jaxpr.eqns:
+        inputs = [value(v) for v in equation.invars]
+        values.update(zip(equation.outvars, _apply(equation, inputs), strict=True))
+    return [value(v) for v in jaxpr.outvars]
+
+
+def _apply(equation: Any, inputs: list[Any]) -> list[Any]:
+    name, params = equation.primitive.name, equation.params
+    if name in _CALLS:
+        callee = _callee(equation)
+        return _run(callee.jaxpr, callee.consts, inputs)
+    if isinstance(inputs[0], _Captured):
+        return [_simplest(_VIEWS[name](*inputs, **params))]
+    if name in _VIEWS:  # of what is one number already
+        return [inputs[0]]
+    shapes = {jnp.shape(x) for x in inputs} - {()}
+    if shapes:
+        (shape,) = shapes
+        inputs = [x if jnp.shape(x) else jnp.broadcast_to(x, shape) for x in inputs]
+    if name in _REPLACED:
+        return [_REPLACED[name](*inputs, **params)]
+    out = equation.primitive.bind(*inputs, **params)
+    return list(out) if equation.primitive.multiple_results else [out]
+
+
+def _simplest(view: _Captured) -> Any:
+    """The element, if it is one."""
+    return view if view.sizes else view.read()
+
+
+def _dynamic_slice(view: _Captured, *starts: Any, slice_sizes: Any, **_: Any) -> _Captured:
+    offset = view.offset
+    for start, size, full, stride in zip(
+        starts, slice_sizes, view.sizes, view.strides, strict=True
+    ):
+        if full > size:
+            offset = offset + jnp.clip(start, 0, full - size).astype(jnp.int32) * stride
+    return view._replace(offset=offset, sizes=tuple(slice_sizes))
+
+
+def _slice(
+    view: _Captured, start_indices: Any, limit_indices: Any, strides: Any, **_: Any
+) -> _Captured:
+    steps = strides or (1,) * len(view.sizes)
+    offset = view.offset + sum(a * b for a, b in zip(start_indices, view.strides, strict=True))
+    bounds = zip(start_indices, limit_indices, steps, strict=True)
+    sizes = tuple(-((a - b) // s) for a, b, s in bounds)
+    moved = tuple(a * b for a, b in zip(view.strides, steps, strict=True))
+    return view._replace(offset=offset, sizes=sizes, strides=moved)
+
+
+def _squeeze(view: _Captured, dimensions: Any, **_: Any) -> _Captured:
+    kept = [i for i in range(len(view.sizes)) if i not in dimensions]
+    return view._replace(
+        sizes=tuple(view.sizes[i] for i in kept), strides=tuple(view.strides[i] for i in kept)
+    )
+
+
+def _not(x: Any, **_: Any) -> Any:
+    return x ^ (True if x.dtype == jnp.bool_ else jnp.array(-1, x.dtype))
+
+
+def _floor(x: Any, **_: Any) -> Any:
+    nearest = lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)
+    return nearest - jnp.where(nearest > x, 1, 0).astype(x.dtype)
+
+
+def _integer_pow(x: Any, y: int, **_: Any) -> Any:
+    power = x
+    for _ in range(abs(y) - 1):
+        power = power * x
+    return power if y > 0 else 1 / power
+
+
+def _erf(x: Any, **_: Any) -> Any:
+    """Abramowitz and Stegun 7.1.26: error below 1.5e-7."""
+    t = 1 / (1 + 0.3275911 * jnp.abs(x))
+    series = 1.061405429
+    for c in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        series = series * t + c
+    y = 1 - series * t * jnp.exp(-x * x)
+    return jnp.where(x < 0, -y, y)
+
+
+_VIEWS: dict[str, Callable[..., Any]] = {
+    "dynamic_slice": _dynamic_slice,
+    "slice": _slice,
+    "squeeze": _squeeze,
+}
+
+_REPLACED: dict[str, Callable[..., Any]] = {
+    "not": _not,
+    "floor": _floor,
+    "ceil": lambda x, **_: -_floor(-x),
+    "log1p": lambda x, **_: jnp.log(1 + x),
+    "expm1": lambda x, **_: jnp.exp(x) - 1,
+    "pow": lambda x, y, **_: jnp.exp2(jnp.log2(x) * y.astype(x.dtype)),
+    "integer_pow": _integer_pow,
+    "square": lambda x, **_: x * x,
+    "logistic": lambda x, **_: 1 / (1 + jnp.exp(-x)),
+    "erf": _erf,
+    "sign": lambda x, **_: jnp.where(x > 0, 1, jnp.where(x < 0, -1, 0)).astype(x.dtype),
+    "abs": lambda x, **_: jnp.where(x < 0, -x, x),
+    "copy": lambda x, **_: x,
+    "copy_p": lambda x, **_: x,
+    "stop_gradient": lambda x, **_: x,
+    "add_any": lambda x, y, **_: x + y,
+    "convert_element_type": lambda x, new_dtype, **_: lax.convert_element_type(x, new_dtype),
+    "clamp": lambda low, x, high, **_: jnp.minimum(jnp.maximum(x, low), high),
+    "broadcast_in_dim": lambda x, **_: x,
+    "reshape": lambda x, **_: x,
+}
+
+_ELEMENTWISE = frozenset(
+    "add sub mul div rem neg max min and or xor eq ne lt le gt ge select_n exp exp2 log log2 tanh "
+    "sin cos sqrt rsqrt shift_left shift_right_logical shift_right_arithmetic "
+    "round population_count".split()
+)
+
+_CALLS = {
+    "pjit": "jaxpr",
+    "jit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "remat": "jaxpr",
+    "checkpoint": "jaxpr",
+}
+
+
+class _Callee(NamedTuple):
+    jaxpr: Any
+    consts: Any
+
+
+def _callee(equation: Any) -> _Callee:
+    inner = equation.params[_CALLS[equation.primitive.name]]
+    return _Callee(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()))

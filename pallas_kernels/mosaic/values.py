@@ -1,0 +1,53 @@
+"""Values in registers, in the layout that matrix products give and take."""
+
+from __future__ import annotations
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.mosaic.memory import Ref, layout_cast, load
+
+_ROWS, _COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+
+
+def full(shape: tuple[int, ...], value: float, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """A matrix, or a vector with an entry for each row of one."""
+    layout = plgpu.Layout.WGMMA if len(shape) == 2 else _ROWS
+    return layout_cast(jnp.full(shape, value, dtype), layout)
+
+
+def iota(shape: tuple[int, int], axis: int) -> jax.Array:
+    """The int32 index of each element of a matrix along an axis."""
+    return layout_cast(lax.broadcasted_iota(jnp.int32, shape, axis), plgpu.Layout.WGMMA)
+
+
+def row_iota(rows: int) -> jax.Array:
+    """The int32 index of each row of a matrix, a vector."""
+    return layout_cast(lax.iota(jnp.int32, rows), _ROWS)
+
+
+def load_matrix(ref: Ref) -> jax.Array:
+    """Loads [rows, columns]."""
+    return load(ref, layout=plgpu.Layout.WGMMA, optimized=False)
+
+
+def load_rows(ref: Ref) -> jax.Array:
+    """Loads an entry for each row of a matrix."""
+    return load(ref, layout=_ROWS, optimized=False)
+
+
+def load_columns(ref: Ref) -> jax.Array:
+    """Loads an entry for each column of a matrix."""
+    return load(ref, layout=_COLUMNS, optimized=False)
+
+
+def spread_rows(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """The matrix whose every column is `x`."""
+    return lax.broadcast_in_dim(x, shape, [0])
+
+
+def spread_columns(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """The matrix whose every row is `x`."""
+    return lax.broadcast_in_dim(x, shape, [1])
