@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxflash import reference, xla
-from pallas_kernels import spec
+from jaxflash.folding import folding
+from pallas_kernels import hopper, spec
 
 Results = tuple[jax.Array, jax.Array]
 
@@ -27,6 +28,7 @@ class Backend(NamedTuple):
 
 # In the order in which they are tried.
 BACKENDS = (
+    Backend("hopper", hopper.supports, folding(hopper.forward), xla.backward),
     Backend("xla", xla.supports, xla.forward, xla.backward),
     Backend("reference", reference.supports, reference.forward, None),
 )

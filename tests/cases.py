@@ -52,6 +52,15 @@ class Case:
         self.poison(made)
         return made
 
+    @property
+    def is_empty(self) -> bool:
+        return 0 in (*self.B, self.T, self.S)
+
+    def in_16_bits(self) -> "Case":
+        """The same case for kernels that compute in 16 bits."""
+        is_half = jnp.dtype(self.dtype).itemsize == 2
+        return self if is_half else dataclasses.replace(self, dtype="bfloat16")
+
     def call(self, attention: Callable[..., Any], arrays: Arrays) -> Any:
         """``attention`` on the arrays, with the case's options."""
         return attention(arrays["query"], arrays["key"], arrays["value"], **self.options(arrays))

@@ -16,6 +16,9 @@ from jaxflash.arguments import canonicalize
 from tests.cases import Arrays, Case
 
 
+_CEILING = 0.05
+
+
 class Results(NamedTuple):
     """Everything that a backend computes for a case."""
 
@@ -68,9 +71,8 @@ def check(actual: Results, attained: Results, truth: Results, dtype: Any) -> Non
         ),
     ):
         assert a.shape == t.shape, (name, a.shape, t.shape)
-        attained_error = error(b, t)
-        assert attained_error < 0.1, f"{name}: the reference itself is off by {attained_error:.3g}"
-        allowed = 2 * attained_error + eps
+        # Where positions or sums are beyond the dtype, the reference in it says little.
+        allowed = 2 * min(error(b, t), _CEILING) + eps
         assert error(a, t) <= allowed, f"{name}: error {error(a, t):.3g}, allowed {allowed:.3g}"
 
 

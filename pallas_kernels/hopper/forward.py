@@ -35,8 +35,13 @@ from pallas_kernels.hopper import tile as tiles
 
 ROWS = 64  # of a warpgroup's matrix product
 _LOG2_E = math.log2(math.e)
-# By the number of consumers: registers of a consumer's thread, and of a producer's.
-_REGISTERS = {2: (240, 24), 3: (160, 32)}
+# By the number of consumers: registers of a consumer's thread, and of a producer's, which needs more
+# where it has values to clean.
+_REGISTERS = {2: ((240, 24), (232, 40)), 3: ((160, 32), (152, 56))}
+_SMEM_BYTES = 227 * 1024
+_SMEM_REST = 2304  # numbers and barriers; each buffer starts at a multiple of 1024
+# Rows and columns of the smallest tiles that TMA copies in the form that matrix products take.
+_STEPS = (8, 16)
 # Keys and values of heads that are worked on together should stay in the L2 cache.
 _L2_BYTES = 2**24
 
@@ -51,7 +56,6 @@ class Config:
     q_stages: int = 2  # 1: the next tile's Q comes when this tile's scores are done
     late_wait: bool = False  # keep O += P V running during the exponentials
     fma_columns: int = 0  # of a tile of scores, whose exponential is a polynomial
-    heads: int = 0
 
     def __post_init__(self) -> None:
         if self.consumers not in _REGISTERS:
@@ -62,6 +66,29 @@ class Config:
     @property
     def block_q(self) -> int:
         return self.consumers * ROWS
+
+    @classmethod
+    def default(cls, problem: spec.Problem) -> "Config":
+        """What fits, where nothing was measured."""
+        wide = max(problem.H, problem.Hv)
+        if wide <= 128:
+            return cls(stages=4 if wide <= 64 else 2, late_wait=modifies(problem))
+        if problem.Hv <= 128:
+            return cls(q_stages=1)
+        return cls(block_kv=64, q_stages=1)
+
+    def smem_bytes(self, H: int, Hv: int, out_columns: int) -> int:
+        """Of rings and staging, for 16-bit elements."""
+        rows = self.q_stages * self.block_q * H + self.block_q * out_columns
+        return 2 * (rows + self.stages * self.block_kv * (H + Hv))
+
+    def out_columns(self, H: int, Hv: int) -> int | None:
+        """How much of a row of O is stored at once: all, or what shared memory has room for."""
+        for columns in (Hv, Hv // 2, 64):
+            fits = self.smem_bytes(H, Hv, columns) + _SMEM_REST <= _SMEM_BYTES
+            if fits and Hv % columns == 0 and columns % _STEPS[1] == 0:
+                return columns
+        return None
 
 
 class Refs(NamedTuple):
@@ -83,7 +110,7 @@ class Refs(NamedTuple):
     k_free: mosaic.Ref
     v_full: mosaic.Ref
     v_free: mosaic.Ref
-    v_clean: mosaic.Ref
+    v_raw: mosaic.Ref  # V has arrived, with rows in it that are to be zeroed
 
 
 class Kernel(NamedTuple):
@@ -122,10 +149,7 @@ class Kernel(NamedTuple):
 
     @property
     def modifies(self) -> bool:
-        """Whether logits are more than ``scale * q.k``, or their order is not that of ``q.k``."""
-        p, x = self.problem, self.refs.x
-        arrays = x.bias is not None or x.alibi_slopes is not None
-        return arrays or p.soft_cap is not None or p.score_mod is not None or p.scale <= 0
+        return modifies(self.problem)
 
     @property
     def unit(self) -> float:
@@ -141,6 +165,13 @@ class Kernel(NamedTuple):
         if p.static_band is None or x.query_lengths is not None:
             return not p.band.is_unbounded
         return p.static_band.any_keys(0, p.T, p.S) != (0, p.S)
+
+
+def modifies(problem: spec.Problem) -> bool:
+    """Whether logits are more than ``scale * q.k``, or their order is not that of ``q.k``."""
+    x = problem.operands
+    options = (x.bias, x.alibi_slopes, problem.soft_cap, problem.score_mod)
+    return any(option is not None for option in options) or problem.scale <= 0
 
 
 # ---------------------------------------------------------------------------- producer
@@ -162,7 +193,7 @@ def produce(k: Kernel) -> None:
         count = produce_keys(k, work, step)
         mosaic.take_number(counter, r.ticket_smem, k.blocks)
         mosaic.commit_smem()
-        return round_ + 1, step + count, k.blocks + r.ticket_smem[0]
+        return round_ + 1, step + count, k.blocks + mosaic.uniform(r.ticket_smem[0])
 
     if mosaic.is_interpreting():
         r.ticket_smem[0] = block - k.blocks
@@ -191,18 +222,78 @@ def produce_keys(k: Kernel, work: Work, step: Any) -> Any:
     walk, head = k.walk(work), lax.div(work.head, k.problem.G)
 
     def visit(j: Any, _: None) -> None:
-        stage = lax.rem(step + j, c.stages)
-        keys = pl.ds(walk.tile(j) * c.block_kv, c.block_kv)
-        for gmem, smem, full, free in (
-            (r.x.key, r.k_smem, r.k_full, r.k_free),
-            (r.x.value, r.v_smem, r.v_full, r.v_free),
-        ):
-            used = free.at[stage]
-            pl.when(step + j >= c.stages)(lambda used=used: mosaic.barrier_wait(used))
-            mosaic.copy_gmem_to_smem(gmem.at[work.batch, keys, head], smem.at[stage], full.at[stage])
+        stage, kv_block = lax.rem(step + j, c.stages), walk.tile(j)
+        keys = pl.ds(kv_block * c.block_kv, c.block_kv)
+        again = step + j >= c.stages
+        pl.when(again)(lambda: mosaic.barrier_wait(r.k_free.at[stage]))
+        k_gmem, v_gmem = (x.at[work.batch, keys, head] for x in (r.x.key, r.x.value))
+        mosaic.copy_gmem_to_smem(k_gmem, r.k_smem.at[stage], r.k_full.at[stage])
+        pl.when(again)(lambda: mosaic.barrier_wait(r.v_free.at[stage]))
+        produce_values(k, work, kv_block, v_gmem, stage)
 
     lax.fori_loop(0, walk.count, visit, None)
     return walk.count
+
+
+def produce_values(k: Kernel, work: Work, kv_block: Any, v_gmem: mosaic.Ref, stage: Any) -> None:
+    """Copies a tile of V, and zeroes the rows of keys that nobody sees."""
+    r, v_smem = k.refs, k.refs.v_smem.at[stage]
+    if not k.hides_keys:
+        mosaic.copy_gmem_to_smem(v_gmem, v_smem, r.v_full.at[stage])
+        return
+    hidden = Hidden.of(k, work, kv_block)
+
+    @pl.when(~hidden.some)
+    def _() -> None:
+        mosaic.copy_gmem_to_smem(v_gmem, v_smem, r.v_full.at[stage])
+
+    @pl.when(hidden.some)
+    def _() -> None:
+        mosaic.copy_gmem_to_smem(v_gmem, v_smem, r.v_raw)
+        mosaic.barrier_wait(r.v_raw)
+        width = mosaic.swizzle_columns(k.problem.Hv)
+        for row in range(0, k.config.block_kv, ROWS):
+            for column in range(0, k.problem.Hv, width):
+                part = v_smem.at[pl.ds(row, ROWS), pl.ds(column, width)]
+                values = mosaic.load_matrix(part)
+                seen = hidden.others(row, values.shape)
+                mosaic.store(part, jnp.where(seen, values, jnp.zeros((), values.dtype)))
+        mosaic.commit_smem()
+        mosaic.barrier_arrive(r.v_full.at[stage])
+
+
+class Hidden(NamedTuple):
+    """Which keys of a tile nobody sees."""
+
+    some: Any  # whether there are any
+    key0: Any
+    start: Any  # keys before are hidden
+    stop: Any  # this and those after are hidden
+    flags: Any  # [keys] int8, zero where hidden; or None
+
+    @classmethod
+    def of(cls, k: Kernel, work: Work, kv_block: Any) -> "Hidden":
+        p, x, found = k.problem, k.refs.x, k.refs.map
+        key0, block_kv = kv_block * k.config.block_kv, k.config.block_kv
+        rows = tiles.row_count(p, x, work.batch)
+        keys = tiles.key_count(p, x, work.batch)
+        start, stop = tiles.band_of(p, x, work.batch).any_keys(0, rows, keys)
+        beyond = jnp.where(stop == p.S, p.S + block_kv, stop)  # TMA has zeroed what lies beyond S
+        some = (key0 < start) | (key0 + block_kv > beyond)
+        if found is None:
+            return cls(some, key0, start, stop, None)
+        some |= found.hiding[*_heads_of(found.hiding, work), kv_block] > 0
+        return cls(some, key0, start, stop, found.seen.at[*_heads_of(found.seen, work)])
+
+    def others(self, row: int, shape: tuple[int, int]) -> jax.Array:
+        """Which elements of a part of V belong to keys that somebody sees."""
+        first = self.key0 + row
+        key = first + mosaic.iota(shape, 0)
+        seen = (self.start <= key) & (key < self.stop)
+        if self.flags is not None:
+            flags = mosaic.load_rows(self.flags.at[pl.ds(first, shape[0])])
+            seen &= mosaic.spread_rows(flags.astype(jnp.int32), shape) > 0
+        return seen
 
 
 def drain(uses: Any, stages: int, *free: mosaic.Ref) -> None:
@@ -247,7 +338,6 @@ class Carry(NamedTuple):
 
     stats: Stats
     p: jax.Array  # [64, block_kv], yet to be multiplied with its values
-    kv_block: Any  # where those are, if there may be hidden ones
 
 
 def consume(k: Kernel) -> None:
@@ -264,8 +354,8 @@ def consume(k: Kernel) -> None:
             return round_ + 1, step, tile, carry
 
         zero = jnp.int32(0)
-        tile = next_tile(k, zero)
-        carry = begin(c, k.schedule.work(tile))
+        tile, work = next_tile(k, zero)
+        carry = begin(c, work, zero, zero)
         more = lambda state: state[2] < k.schedule.tiles
         rounds, *_ = mosaic.while_loop(more, attend, (zero, zero, tile, carry), acc)
         mosaic.barrier_arrive(k.refs.q_free.at[lax.rem(rounds, k.config.q_stages)])
@@ -274,24 +364,29 @@ def consume(k: Kernel) -> None:
     mosaic.wait_smem_to_gmem(0)
 
 
-def next_tile(k: Kernel, round_: Any) -> Any:
-    """Waits for the Q of a round; returns which tile it is, or one beyond the last."""
+def next_tile(k: Kernel, round_: Any) -> tuple[Any, Work]:
+    """Waits for the Q of a round; returns which tile it is, beyond the last if there is none."""
     stage = lax.rem(round_, k.config.q_stages)
     mosaic.barrier_wait(k.refs.q_full.at[stage])
-    return k.refs.tile_smem[stage]
+    tile = mosaic.uniform(k.refs.tile_smem[stage])
+    return tile, k.schedule.work(jnp.minimum(tile, k.schedule.tiles - 1))
 
 
-def begin(c: Consumer, work: Work) -> Carry:
-    """The first visit of this block."""
+def begin(c: Consumer, work: Work, round_: Any, step: Any, exists: Any = True) -> Carry:
+    """The first visit of a tile of queries, alone.
+
+    If there is no such tile, S is computed of what lies in shared memory, to be thrown away.
+    """
     k, r = c.k, c.k.refs
+    q_stage, stage = lax.rem(round_, k.config.q_stages), lax.rem(step, k.config.stages)
     visit = Visit.of(c, work, 0, k.masks)
-    mosaic.barrier_wait(r.k_full.at[0])
-    s = mosaic.matmul(r.q_smem.at[0, c.me], r.k_smem.at[0], transpose_b=True)
-    mosaic.barrier_arrive(r.k_free.at[0])
+    pl.when(exists)(lambda: mosaic.barrier_wait(r.k_full.at[stage]))
+    s = mosaic.matmul(r.q_smem.at[q_stage, c.me], r.k_smem.at[stage], transpose_b=True)
+    pl.when(exists)(lambda: mosaic.barrier_arrive(r.k_free.at[stage]))
     c.zero()
     stats, _, p = visit.softmax(Stats.start(), s)
-    wait_early(k, k.walk(work).count > 1, jnp.int32(1))
-    return visit.carry(stats, p.astype(k.problem.dtype))
+    wait_early(k, exists & (k.walk(work).count > 1), step + 1)
+    return Carry(stats, p.astype(k.problem.dtype))
 
 
 def visit_rest(c: Consumer, work: Work, round_: Any, step: Any, carry: Carry) -> tuple[Carry, Any]:
@@ -305,7 +400,7 @@ def visit_rest(c: Consumer, work: Work, round_: Any, step: Any, carry: Carry) ->
             visit = Visit.of(c, work, j, masked)
             if not k.config.late_wait:
                 mosaic.barrier_wait(r.k_full.at[stage])
-            wait_for_values(c, carry, work, before)
+            mosaic.barrier_wait(r.v_full.at[before])
             s = start_products(c, q_stage, stage, carry, before)
             mosaic.barrier_arrive(r.k_free.at[stage])
             # The barrier keeps ptxas from taking P for the product that is still running.
@@ -315,7 +410,7 @@ def visit_rest(c: Consumer, work: Work, round_: Any, step: Any, carry: Carry) ->
             out = mosaic.peek(c.acc)
             mosaic.barrier_arrive(r.v_free.at[before])
             mosaic.assign(c.acc, out * mosaic.spread_rows(decay, out.shape))
-            return visit.carry(stats, p.astype(k.problem.dtype))
+            return Carry(stats, p.astype(k.problem.dtype))
 
         return one
 
@@ -329,51 +424,40 @@ def visit_rest(c: Consumer, work: Work, round_: Any, step: Any, carry: Carry) ->
 
 
 def turn(c: Consumer, work: Work, round_: Any, step: Any, carry: Carry) -> tuple[Any, Carry]:
-    """The last O += P V of a tile, with the first visit of the next one.
-
-    After the last tile S is computed of what lies in shared memory, and thrown away.
-    """
+    """The last O += P V of a tile, with the first visit of the next one, of round ``round_``."""
     k, r = c.k, c.k.refs
     stage, before = (lax.rem(i, k.config.stages) for i in (step, step - 1))
-    wait_for_values(c, carry, work, before)
-    tile, s = start_turn(c, round_, stage, carry, before)
-    more = tile < k.schedule.tiles
-    pl.when(more)(lambda: mosaic.barrier_arrive(r.k_free.at[stage]))
-    following = k.schedule.work(jnp.minimum(tile, k.schedule.tiles - 1))
-    visit = Visit.of(c, following, 0, k.masks)
-    stats, _, p = visit.softmax(Stats.start(), s)
+    q_stage = lax.rem(round_, k.config.q_stages)
+    if k.config.q_stages == 1:
+        return turn_apart(c, work, round_, step, carry)
+    tile, following = next_tile(k, round_)
+    exists = tile < k.schedule.tiles
+    pl.when(exists)(lambda: mosaic.barrier_wait(r.k_full.at[stage]))
+    mosaic.barrier_wait(r.v_full.at[before])
+    s = start_products(c, q_stage, stage, carry, before)
+    pl.when(exists)(lambda: mosaic.barrier_arrive(r.k_free.at[stage]))
+    stats, _, p = Visit.of(c, following, 0, k.masks).softmax(Stats.start(), s)
     stats, p = lax.optimization_barrier((stats, p))
-    wait_early(k, more & (k.walk(following).count > 1), step + 1)
+    wait_early(k, exists & (k.walk(following).count > 1), step + 1)
     out = mosaic.peek(c.acc)
     p = lax.optimization_barrier(p.astype(k.problem.dtype))  # frees registers for `finish`
     mosaic.barrier_arrive(r.v_free.at[before])
     finish(c, work, carry.stats, out)
     c.zero()
-    return tile, visit.carry(stats, p)
+    return tile, Carry(stats, p)
 
 
-def start_turn(c: Consumer, round_: Any, stage: Any, carry: Carry, before: Any) -> tuple[Any, Any]:
-    """`start_products` of a turn, where the next Q may be on its way."""
+def turn_apart(c: Consumer, work: Work, round_: Any, step: Any, carry: Carry) -> tuple[Any, Carry]:
+    """`turn` where the next Q comes into the place of this one, one product after the other."""
     k, r = c.k, c.k.refs
-    q_stage = lax.rem(round_, k.config.q_stages)
-
-    def wait_for_scores() -> Any:
-        tile = next_tile(k, round_)
-        more = tile < k.schedule.tiles
-        pl.when(more)(lambda: mosaic.barrier_wait(r.k_full.at[stage]))
-        return tile
-
-    if k.config.q_stages > 1:
-        tile = wait_for_scores()
-        return tile, start_products(c, q_stage, stage, carry, before)
-
-    def body(s_acc: Any) -> tuple[Any, Any]:
-        mosaic.issue(c.acc, carry.p, r.v_smem.at[before])
-        tile = wait_for_scores()
-        mosaic.issue(s_acc, r.q_smem.at[q_stage, c.me], r.k_smem.at[stage], transpose_b=True)
-        return tile, mosaic.peek(s_acc)
-
-    return mosaic.fresh_accumulators(body, (ROWS, k.config.block_kv))
+    before = lax.rem(step - 1, k.config.stages)
+    mosaic.barrier_wait(r.v_full.at[before])
+    mosaic.issue(c.acc, carry.p, r.v_smem.at[before])
+    out = mosaic.peek(c.acc)
+    mosaic.barrier_arrive(r.v_free.at[before])
+    finish(c, work, carry.stats, out)
+    tile, following = next_tile(k, round_)
+    return tile, begin(c, following, round_, step, tile < k.schedule.tiles)
 
 
 def start_products(c: Consumer, q_stage: Any, stage: Any, carry: Carry, before: Any) -> jax.Array:
@@ -398,52 +482,6 @@ def wait_early(k: Kernel, more: Any, step: Any) -> None:
         pl.when(more)(lambda: mosaic.barrier_wait(k.refs.k_full.at[stage]))
 
 
-def wait_for_values(c: Consumer, carry: Carry, work: Work, stage: Any) -> None:
-    """Waits for V; zeroes the rows of keys that nobody sees."""
-    k, r = c.k, c.k.refs
-    mosaic.barrier_wait(r.v_full.at[stage])
-    if not k.hides_keys:
-        return
-    p, x = k.problem, r.x
-    key0 = carry.kv_block * k.config.block_kv
-    keys = tiles.key_count(p, x, work.batch)
-    start, stop = tiles.band_of(p, x, work.batch).any_keys(
-        0, tiles.row_count(p, x, work.batch), keys
-    )
-    stop = jnp.where(stop == p.S, key0 + k.config.block_kv, stop)  # TMA has zeroed what lies beyond
-    hiding = (key0 < start) | (key0 + k.config.block_kv > stop)
-    if r.map is not None:
-        hiding |= r.map.hiding[*_heads_of(r.map.hiding, work), carry.kv_block] > 0
-
-    def clean(i: int) -> None:
-        rows = r.v_smem.at[stage, pl.ds(i * ROWS, ROWS)]
-        first = key0 + i * ROWS
-        for columns in _split(p.Hv):
-            part = rows.at[:, columns]
-            key = first + mosaic.iota((ROWS, columns.size), 0)
-            seen = (start <= key) & (key < stop)
-            if r.map is not None:
-                at = _heads_of(r.map.seen, work)
-                flags = mosaic.load_rows(r.map.seen.at[*at, pl.ds(first, ROWS)])
-                seen &= mosaic.spread_rows(flags.astype(jnp.int32), key.shape) > 0
-            value = mosaic.load_matrix(part)
-            mosaic.store(part, jnp.where(seen, value, jnp.zeros((), value.dtype)))
-
-    @pl.when(hiding)
-    def _() -> None:
-        for i in range(k.config.block_kv // ROWS):
-            pl.when(c.me == i % k.config.consumers)(lambda i=i: clean(i))
-        mosaic.commit_smem()
-        mosaic.barrier_arrive(r.v_clean)
-        mosaic.barrier_wait(r.v_clean)
-
-
-def _split(columns: int) -> list[Any]:
-    """Slices of a swizzle's width."""
-    width = mosaic.swizzle_columns(columns)
-    return [pl.ds(i, width) for i in range(0, columns, width)]
-
-
 class Visit(NamedTuple):
     """A tile of scores, and what the operands say of it."""
 
@@ -451,25 +489,18 @@ class Visit(NamedTuple):
     masked: bool
     tile: spec.Tile | None  # if something depends on it
     key0: Any
-    kv_block: Any
 
     @classmethod
     def of(cls, c: Consumer, work: Work, number: Any, masked: bool) -> "Visit":
         k = c.k
-        placed = masked or k.modifies or k.problem.dropout_rate > 0
-        if not placed and not k.hides_keys:
-            return cls(k, masked, None, None, None)
-        kv_block = k.walk(work).tile(number)
-        if not placed:
-            return cls(k, masked, None, None, kv_block)
+        if not (masked or k.modifies or k.problem.dropout_rate > 0):
+            return cls(k, masked, None, None)
+        key0 = k.walk(work).tile(number) * k.config.block_kv
         # Opaque, so that what depends on it is not computed before the loop, to be held there.
-        row0, key0 = lax.optimization_barrier((c.row0(work), kv_block * k.config.block_kv))
+        row0, key0 = lax.optimization_barrier((c.row0(work), key0))
         shape = (ROWS, k.config.block_kv)
         tile = tiles.tile_of(k.problem, k.refs.x, work, row0, key0, shape, masked)
-        return cls(k, masked, tile, key0, kv_block)
-
-    def carry(self, stats: Stats, p: jax.Array) -> Carry:
-        return Carry(stats, p, jnp.int32(self.kv_block) if self.k.hides_keys else None)
+        return cls(k, masked, tile, key0)
 
     def softmax(self, stats: Stats, s: jax.Array) -> tuple[Stats, jax.Array, jax.Array]:
         """Takes scores into the statistics; returns the decay of what came before, and P."""
@@ -491,10 +522,13 @@ class Visit(NamedTuple):
         problem = self.k.problem
         if self.k.modifies:
             assert self.tile is not None
-            s = spec.score.modify(problem, self.tile, s * problem.scale)
+            s = tiles.modified(problem, self.tile, self.key0, s * problem.scale)
         if self.masked:
             assert self.tile is not None
-            allowed = tiles.allowed(problem, self.tile, self.key0)
+            key0 = self.key0
+            if self.k.modifies:  # one after the other, or registers run out
+                s, key0 = lax.optimization_barrier((s, key0))
+            allowed = tiles.allowed(problem, self.tile, key0)
             s = s if allowed is None else jnp.where(allowed, s, -math.inf)
         return s
 
@@ -575,34 +609,27 @@ def forward(
       config: Default: the one measured to be the fastest for problems like this.
       blocks: Size of the grid. Default: one for each multiprocessor.
     """
-    c = config or Config()
-    H, Hv = (-(-h // _HEAD_STEP) * _HEAD_STEP for h in (problem.H, problem.Hv))
+    c = config or Config.default(problem)
     x = operands._replace(
-        query=_widen(operands.query, H),
-        key=_widen(operands.key, H),
-        value=_widen(operands.value, Hv),
+        query=_fit(operands.query), key=_fit(operands.key), value=_fit(operands.value)
     )
+    H, Hv = x.query.shape[-1], x.value.shape[-1]
     q_blocks, kv_blocks = pl.cdiv(problem.T, c.block_q), pl.cdiv(problem.S, c.block_kv)
     found = block_map(problem, operands, c.block_q, c.block_kv) if needs_map(problem) else None
     x = tiles.prepare(problem, x, q_blocks * c.block_q, kv_blocks * c.block_kv)
-    p = dataclasses.replace(
-        tiles.in_kernel(problem),
-        operands=jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), x),
-    )
+    p = tiles.in_kernel(problem, H, Hv)
     heads = 1
     if not p.band.is_unbounded:
         of_kv_head = p.S * (p.H + p.Hv) * p.dtype.itemsize
         heads = largest_divisor(p.B * p.N, max(1, _L2_BYTES // of_kv_head) * p.G)
-    if c.heads:
-        heads = largest_divisor(p.B * p.N, c.heads)
     schedule = Schedule(p.B, p.N, q_blocks, heads)
-    blocks = min(blocks or 132, schedule.tiles)
+    blocks = min(blocks or _multiprocessors(problem.device), schedule.tiles)
     leaves, tree = jax.tree.flatten((x, found))
 
     def forward_kernel(*refs: mosaic.Ref) -> None:
         inputs = jax.tree.unflatten(tree, refs[: len(leaves)])
         k = Kernel(p, c, schedule, blocks, Refs(*inputs, *refs[len(leaves) :]))
-        of_consumer, of_producer = _REGISTERS[c.consumers]
+        of_consumer, of_producer = _REGISTERS[c.consumers][k.hides_keys]
 
         @pl.when(lax.axis_index("warpgroup") < c.consumers)
         def _() -> None:
@@ -617,7 +644,7 @@ def forward(
     launch = mosaic.kernel(
         forward_kernel,
         out_type=[
-            jax.ShapeDtypeStruct((p.B, p.T, p.N, p.Hv), p.dtype),
+            jax.ShapeDtypeStruct((p.B, x.query.shape[1], p.N, p.Hv), p.dtype),
             jax.ShapeDtypeStruct((p.B, p.N, q_blocks * c.block_q), jnp.float32),
         ],
         scratch_types=_scratch(p, c),
@@ -627,32 +654,25 @@ def forward(
         params=mosaic.compiler_params(reduction_scratch_bytes=0),
     )
     out, lse = launch(*leaves)
-    return out[..., : problem.Hv], lse[:, :, : p.T].swapaxes(1, 2)
+    return out[:, : problem.T, :, : problem.Hv], lse[:, :, : problem.T].swapaxes(1, 2)
 
 
-_HEAD_STEP = 16  # a matrix product takes so many columns at once
-
-
-def _widen(x: jax.Array, columns: int) -> jax.Array:
-    """Pads head dims that no swizzle fits."""
-    if x.shape[-1] == columns:
-        return x
-    return jnp.pad(x, [(0, 0)] * 3 + [(0, columns - x.shape[-1])])
-
-
-def _out_columns(p: spec.Problem) -> int:
-    """All of a row of O, or half of it where shared memory is short."""
-    return p.Hv if p.Hv <= 128 else p.Hv // 2
+def _fit(x: jax.Array) -> jax.Array:
+    """Pads rows and head dims to whole smallest tiles."""
+    rows, columns = (-x.shape[axis] % step for axis, step in zip((1, 3), _STEPS, strict=True))
+    return jnp.pad(x, ((0, 0), (0, rows), (0, 0), (0, columns))) if rows or columns else x
 
 
 def _scratch(p: spec.Problem, c: Config) -> list[Any]:
     """In the order of `Refs`."""
     full, free = mosaic.Barrier, mosaic.Barrier
+    out_columns = c.out_columns(p.H, p.Hv)
+    assert out_columns is not None, f"{c} needs too much shared memory for {p.H=}, {p.Hv=}"
     return [
         mosaic.tiled_smem((c.q_stages, c.consumers, ROWS, p.H), p.dtype),
         mosaic.tiled_smem((c.stages, c.block_kv, p.H), p.dtype),
         mosaic.tiled_smem((c.stages, c.block_kv, p.Hv), p.dtype),
-        mosaic.tiled_smem((c.consumers, ROWS, _out_columns(p)), p.dtype),
+        mosaic.tiled_smem((c.consumers, ROWS, out_columns), p.dtype),
         mosaic.SMEM((c.q_stages,), jnp.int32),
         mosaic.SMEM((1,), jnp.int32),
         full(num_barriers=c.q_stages, num_arrivals=c.consumers + 1),
@@ -661,10 +681,42 @@ def _scratch(p: spec.Problem, c: Config) -> list[Any]:
         free(num_barriers=c.stages, num_arrivals=c.consumers),
         full(num_barriers=c.stages),
         free(num_barriers=c.stages, num_arrivals=c.consumers),
-        mosaic.Barrier(num_arrivals=c.consumers),
+        mosaic.Barrier(),
     ]
+
+
+def _multiprocessors(device: spec.Device) -> int:
+    """Of a Hopper GPU; one too many would cost time, and nothing else."""
+    for name, count in (("H100 PCIe", 114), ("H20-", 78), ("H20 ", 78)):
+        if name in f"{device.kind} ":
+            return count
+    return 132
+
+
+_MAX_HEAD_DIM = 256
 
 
 def supports(problem: spec.Problem) -> str | None:
     """Why these kernels cannot run a problem, or None."""
+    p, x = problem, problem.operands
+    if not (_is_hopper(p.device) or mosaic.is_interpreting()):
+        return f"needs a Hopper GPU (H100, H200); this device is {p.device.kind}"
+    if p.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"multiplies bfloat16 and float16; got {p.dtype}"
+    if max(p.H, p.Hv) > _MAX_HEAD_DIM:
+        return f"takes head dims up to {_MAX_HEAD_DIM}; got {p.H=}, {p.Hv=}"
+    if 0 in (p.B, p.T, p.S, p.N):
+        return f"has no empty form; got {p.B=}, {p.T=}, {p.S=}, {p.N=}"
+    for name, function in (("score_mod", p.score_mod), ("mask_mod", p.mask_mod)):
+        reason = None if function is None else mosaic.refusal(function.program)
+        if reason is not None:
+            return f"cannot run this {name}: {reason}"
+    for captured in (*x.score_consts, *x.mask_consts):
+        if captured.dtype.itemsize > 4:
+            return f"takes captured arrays of at most 32 bits; got {captured.dtype}"
     return None
+
+
+def _is_hopper(device: spec.Device) -> bool:
+    names = ("H100", "H200", "H800", "H20", "GH200")
+    return device.platform == "gpu" and any(name in device.kind for name in names)

@@ -28,11 +28,18 @@ class _InKernel:
         return mosaic.evaluate(self._program, captures, *args)
 
 
-def in_kernel(problem: spec.Problem) -> spec.Problem:
-    """The problem with functions that a kernel can call."""
-    score, mask = problem.score_mod, problem.mask_mod
+def in_kernel(problem: spec.Problem, H: int, Hv: int) -> spec.Problem:
+    """The problem with functions that a kernel can call, and the head dims that it works with."""
+
+    def widened(x: Any, columns: int) -> Any:
+        return jax.ShapeDtypeStruct((*x.shape[:-1], columns), x.dtype)
+
+    score, mask, x = problem.score_mod, problem.mask_mod, problem.operands
     return dataclasses.replace(
         problem,
+        operands=x._replace(
+            query=widened(x.query, H), key=widened(x.key, H), value=widened(x.value, Hv)
+        ),
         score_mod=None if score is None else _InKernel(score),
         mask_mod=None if mask is None else _InKernel(mask),
     )
@@ -53,9 +60,13 @@ def prepare(problem: spec.Problem, x: spec.Operands, rows: int, keys: int) -> sp
         mask=cover(cover(mask, 2, rows), 3, keys),
         query_segment_ids=cover(x.query_segment_ids, 1, rows),
         key_value_segment_ids=cover(x.key_value_segment_ids, 1, keys),
-        score_consts=tuple(c.reshape(-1) for c in x.score_consts),
-        mask_consts=tuple(c.reshape(-1) for c in x.mask_consts),
+        score_consts=tuple(map(_flat, x.score_consts)),
+        mask_consts=tuple(map(_flat, x.mask_consts)),
     )
+
+
+def _flat(x: jax.Array) -> jax.Array:
+    return x.reshape(-1).astype(jnp.int8 if x.dtype == jnp.bool_ else x.dtype)
 
 
 def tile_of(
@@ -120,21 +131,41 @@ def band_of(problem: spec.Problem, x: spec.Operands, batch: Any) -> spec.Band:
     return problem.band.shift(x.query_offset[batch])
 
 
-def allowed(problem: spec.Problem, tile: spec.Tile, key0: Any) -> Any:
-    """`spec.mask.allowed`, counting keys so that a thread's columns are constants.
+def modified(problem: spec.Problem, tile: spec.Tile, key0: Any, s: jax.Array) -> jax.Array:
+    """`spec.score.modify`, counting keys as `counted_from` does, in floating point.
 
-    Then a comparison of a column with what is the same in a whole row is one instruction and holds
+    Distances are then a subtraction of a constant; from integers they would be converted one by
+    one, on the unit that computes exponentials.
+    """
+    if problem.score_mod is None and tile.parameters.alibi_slope is not None:
+        tile = counted_from(tile, key0)
+        tile = tile._replace(
+            key=tile.key.astype(jnp.float32), position=tile.position.astype(jnp.float32)
+        )
+    return spec.score.modify(problem, tile, s)
+
+
+def allowed(problem: spec.Problem, tile: spec.Tile, key0: Any) -> Any:
+    """`spec.mask.allowed`, counting keys as `counted_from` does."""
+    if problem.mask_mod is None:
+        tile = counted_from(tile, key0)
+    return spec.mask.allowed(problem, tile)
+
+
+def counted_from(tile: spec.Tile, key0: Any) -> spec.Tile:
+    """The tile with keys counted so that a thread's columns are constants.
+
+    A comparison of a column with what is the same in a whole row is then one instruction and holds
     no register. What depends on differences alone may be counted from anywhere.
     """
-    length = tile.key_value_length
-    if problem.mask_mod is None:
-        origin = key0 + (mosaic.iota(tile.key.shape, 1) & _COLUMN_BITS)
-        tile = tile._replace(
-            key=mosaic.iota(tile.key.shape, 1) - (mosaic.iota(tile.key.shape, 1) & _COLUMN_BITS),
-            position=tile.position - origin,
-            key_value_length=None if length is None else length - origin,
-        )
-    return spec.mask.allowed(problem, tile)
+    column = mosaic.iota(tile.key.shape, 1)
+    first = column & _COLUMN_BITS
+    origin, length = key0 + first, tile.key_value_length
+    return tile._replace(
+        key=column - first,
+        position=tile.position - origin,
+        key_value_length=None if length is None else length - origin,
+    )
 
 
 def _vector(batch: Any, shape: tuple[int, int], ref: mosaic.Ref, window: Any, axis: int) -> Any:

@@ -50,6 +50,7 @@ from pallas_kernels.mosaic.values import (
     row_iota,
     spread_columns,
     spread_rows,
+    uniform,
 )
 
 __all__ = [
@@ -92,6 +93,7 @@ __all__ = [
     "swizzle_columns",
     "take_number",
     "tiled_smem",
+    "uniform",
     "update_accumulators",
     "wait_smem_to_gmem",
     "while_loop",

@@ -26,16 +26,17 @@ class _Captured(NamedTuple):
     strides: tuple[int, ...]
     sizes: tuple[int, ...]  # of the axes
     offset: Any  # flat index of the first element
+    dtype: Any
 
     @classmethod
-    def whole(cls, ref: Ref, shape: tuple[int, ...]) -> _Captured:
-        strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-        return cls(ref, strides, shape, 0)
+    def whole(cls, ref: Ref, aval: Any) -> _Captured:
+        strides = tuple(math.prod(aval.shape[i + 1 :]) for i in range(aval.ndim))
+        return cls(ref, strides, aval.shape, 0, aval.dtype)
 
     def read(self) -> Any:
-        if jnp.ndim(self.offset) == 0:
-            return self.ref[self.offset]
-        return gather(self.ref, self.offset)
+        is_scalar = jnp.ndim(self.offset) == 0
+        value = self.ref[self.offset] if is_scalar else gather(self.ref, self.offset)
+        return value != 0 if self.dtype == jnp.bool_ else value
 
 
 def evaluate(program: Any, captures: Sequence[Ref], *args: Any) -> Any:
@@ -43,15 +44,15 @@ def evaluate(program: Any, captures: Sequence[Ref], *args: Any) -> Any:
 
     Args:
       program: ClosedJaxpr; its first inputs are the captured arrays, its constants scalars.
-      captures: References to the captured arrays, flattened.
+      captures: References to the captured arrays, flattened; booleans as int8.
       *args: The rest of the inputs: scalars, or matrices of one shape.
 
     Returns:
       The program's only output.
     """
     jaxpr = program.jaxpr
-    shapes = [v.aval.shape for v in jaxpr.invars[: len(captures)]]
-    views = [_simplest(_Captured.whole(r, s)) for r, s in zip(captures, shapes, strict=True)]
+    avals = [v.aval for v in jaxpr.invars[: len(captures)]]
+    views = [_simplest(_Captured.whole(r, a)) for r, a in zip(captures, avals, strict=True)]
     return _run(jaxpr, program.consts, [*views, *args])[0]
 
 

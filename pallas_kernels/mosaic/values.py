@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.mosaic.gpu import fragmented_array as fa
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
 
+from pallas_kernels.mosaic import interpreter
 from pallas_kernels.mosaic.memory import Ref, layout_cast, load
 
 _ROWS, _COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
@@ -26,6 +32,32 @@ def iota(shape: tuple[int, int], axis: int) -> jax.Array:
 def row_iota(rows: int) -> jax.Array:
     """The int32 index of each row of a matrix, a vector."""
     return layout_cast(lax.iota(jnp.int32, rows), _ROWS)
+
+
+def uniform(x: jax.Array) -> jax.Array:
+    """An int32 scalar that was read from memory, in a form that tells the compiler it is uniform.
+
+    What follows from it then needs no register in every thread.
+    """
+    if interpreter.is_interpreting():
+        return x
+
+    splat = plgpu.Layout.WG_SPLAT
+
+    @plgpu.inline_mgpu(
+        arg_types=(splat,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, splat)
+    )
+    def of_first_lane(_: Any, x: Any) -> Any:
+        value = llvm.inline_asm(
+            ir.IntegerType.get_signless(32),
+            [x.registers.item()],
+            "shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;",
+            "=r,r",
+            has_side_effects=True,
+        )
+        return fa.FragmentedArray.splat(value, (), fa.WGSplatFragLayout(()), is_signed=True)
+
+    return of_first_lane(x)
 
 
 def load_matrix(ref: Ref) -> jax.Array:
