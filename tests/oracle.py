@@ -16,7 +16,7 @@ from jaxflash.arguments import canonicalize
 from tests.cases import Arrays, Case
 
 
-_CEILING = 0.05
+_CEILING = 0.1
 
 
 class Results(NamedTuple):
