@@ -37,7 +37,7 @@ ROWS = 64  # of a warpgroup's matrix product
 _LOG2_E = math.log2(math.e)
 # By the number of consumers: registers of a consumer's thread, and of a producer's, which needs more
 # where it has values to clean.
-_REGISTERS = {2: ((240, 24), (232, 40)), 3: ((160, 32), (152, 56))}
+_REGISTERS = {2: ((240, 24), (232, 40)), 3: ((160, 32), (152, 56)), 4: ((120, 32), (112, 64))}
 _SMEM_BYTES = 227 * 1024
 _SMEM_REST = 2304  # numbers and barriers; each buffer starts at a multiple of 1024
 # Rows and columns of the smallest tiles that TMA copies in the form that matrix products take.
@@ -76,6 +76,10 @@ class Config:
         if problem.Hv <= 128:
             return cls(q_stages=1)
         return cls(block_kv=64, q_stages=1)
+
+    def value_columns(self, Hv: int) -> int:
+        """Width of the tiles of V; a product takes as many columns of P at a time."""
+        return mosaic.swizzle_columns(math.gcd(Hv, self.block_kv))
 
     def smem_bytes(self, H: int, Hv: int, out_columns: int) -> int:
         """Of rings and staging, for 16-bit elements."""
@@ -251,7 +255,7 @@ def produce_values(k: Kernel, work: Work, kv_block: Any, v_gmem: mosaic.Ref, sta
     def _() -> None:
         mosaic.copy_gmem_to_smem(v_gmem, v_smem, r.v_raw)
         mosaic.barrier_wait(r.v_raw)
-        width = mosaic.swizzle_columns(k.problem.Hv)
+        width = k.config.value_columns(k.problem.Hv)
         for row in range(0, k.config.block_kv, ROWS):
             for column in range(0, k.problem.Hv, width):
                 part = v_smem.at[pl.ds(row, ROWS), pl.ds(column, width)]
@@ -420,7 +424,8 @@ def visit_rest(c: Consumer, work: Work, round_: Any, step: Any, carry: Carry) ->
         carry = mosaic.fori_loop(1, first, visits(masked=True), carry, c.acc)
     carry = mosaic.fori_loop(first, walk.count, visits(masked=False), carry, c.acc)
     mosaic.barrier_arrive(r.q_free.at[q_stage])
-    return carry, step + walk.count
+    # Opaque: were the stage known, its descriptors would be held in registers all the time.
+    return carry, step + lax.optimization_barrier(jnp.int32(walk.count))
 
 
 def turn(c: Consumer, work: Work, round_: Any, step: Any, carry: Carry) -> tuple[Any, Carry]:
@@ -671,7 +676,7 @@ def _scratch(p: spec.Problem, c: Config) -> list[Any]:
     return [
         mosaic.tiled_smem((c.q_stages, c.consumers, ROWS, p.H), p.dtype),
         mosaic.tiled_smem((c.stages, c.block_kv, p.H), p.dtype),
-        mosaic.tiled_smem((c.stages, c.block_kv, p.Hv), p.dtype),
+        mosaic.tiled_smem((c.stages, c.block_kv, p.Hv), p.dtype, 2 * c.value_columns(p.Hv)),
         mosaic.tiled_smem((c.consumers, ROWS, out_columns), p.dtype),
         mosaic.SMEM((c.q_stages,), jnp.int32),
         mosaic.SMEM((1,), jnp.int32),
