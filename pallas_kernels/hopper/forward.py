@@ -354,7 +354,8 @@ def consume(k: Kernel) -> None:
             round_, step, tile, carry = state
             work = k.schedule.work(tile)
             carry, step = visit_rest(c, work, round_, step, carry)
-            tile, carry = turn(c, work, round_ + 1, step, carry)
+            tile = lax.optimization_barrier(tile)  # computed again rather than held
+            tile, carry = turn(c, k.schedule.work(tile), round_ + 1, step, carry)
             return round_ + 1, step, tile, carry
 
         zero = jnp.int32(0)
@@ -435,6 +436,7 @@ def turn(c: Consumer, work: Work, round_: Any, step: Any, carry: Carry) -> tuple
     q_stage = lax.rem(round_, k.config.q_stages)
     if k.config.q_stages == 1:
         return turn_apart(c, work, round_, step, carry)
+    factor = finish(c, work, carry.stats)
     tile, following = next_tile(k, round_)
     exists = tile < k.schedule.tiles
     pl.when(exists)(lambda: mosaic.barrier_wait(r.k_full.at[stage]))
@@ -445,9 +447,9 @@ def turn(c: Consumer, work: Work, round_: Any, step: Any, carry: Carry) -> tuple
     stats, p = lax.optimization_barrier((stats, p))
     wait_early(k, exists & (k.walk(following).count > 1), step + 1)
     out = mosaic.peek(c.acc)
-    p = lax.optimization_barrier(p.astype(k.problem.dtype))  # frees registers for `finish`
+    p = lax.optimization_barrier(p.astype(k.problem.dtype))  # frees registers
     mosaic.barrier_arrive(r.v_free.at[before])
-    finish(c, work, carry.stats, out)
+    store(c, work, out, factor)
     c.zero()
     return tile, Carry(stats, p)
 
@@ -458,9 +460,10 @@ def turn_apart(c: Consumer, work: Work, round_: Any, step: Any, carry: Carry) ->
     before = lax.rem(step - 1, k.config.stages)
     mosaic.barrier_wait(r.v_full.at[before])
     mosaic.issue(c.acc, carry.p, r.v_smem.at[before])
+    factor = finish(c, work, carry.stats)
     out = mosaic.peek(c.acc)
     mosaic.barrier_arrive(r.v_free.at[before])
-    finish(c, work, carry.stats, out)
+    store(c, work, out, factor)
     tile, following = next_tile(k, round_)
     return tile, begin(c, following, round_, step, tile < k.schedule.tiles)
 
@@ -558,10 +561,9 @@ def exp2(x: jax.Array, fma_columns: int) -> jax.Array:
     return jnp.concatenate([lax.bitcast_convert_type(bits, jnp.float32), jnp.exp2(rest)], axis=1)
 
 
-def finish(c: Consumer, work: Work, stats: Stats, out: jax.Array) -> None:
-    """Normalises and stores a tile's rows of O and of the lse."""
-    k, r, x = c.k, c.k.refs, c.k.refs.x
-    row0 = c.row0(work)
+def finish(c: Consumer, work: Work, stats: Stats) -> jax.Array:
+    """Stores a tile's rows of the lse; returns what to multiply its rows of O by, [64]."""
+    k, x, row0 = c.k, c.k.refs.x, c.row0(work)
     m, total = stats
     seen = m != -math.inf
     if x.query_lengths is not None:
@@ -577,18 +579,26 @@ def finish(c: Consumer, work: Work, stats: Stats, out: jax.Array) -> None:
         m = higher
     total = jnp.where(seen, total, 1.0)
     lse = jnp.where(seen, (m + jnp.log2(total)) / _LOG2_E, -math.inf)
-    mosaic.store(r.lse_gmem.at[work.batch, work.head, pl.ds(row0, ROWS)], lse, optimized=False)
+    rows = k.refs.lse_gmem.at[work.batch, work.head, pl.ds(row0, ROWS)]
+    mosaic.store(rows, lse, optimized=False)
+    return factor / total
+
+
+def store(c: Consumer, work: Work, out: jax.Array, factor: jax.Array) -> None:
+    """Stores a tile's rows of O, normalised."""
+    k, r = c.k, c.k.refs
     width = r.out_smem.shape[-1]
-    factor = mosaic.spread_rows(factor / total, (ROWS, width))
+    factor = mosaic.spread_rows(factor, (ROWS, width))
     for i in range(0, k.problem.Hv, width):
         part = (out if width == k.problem.Hv else out[:, i : i + width]) * factor
-        if x.query_lengths is not None:  # rows beyond may hold NaN
+        if r.x.query_lengths is not None:  # rows beyond may hold NaN
             part = jnp.where(factor > 0, part, 0.0)
         mosaic.wait_smem_to_gmem(0, wait_read_only=True)
         mosaic.store(r.out_smem.at[c.me], part.astype(k.problem.dtype))
         mosaic.commit_smem()
-        rows = r.out_gmem.at[work.batch, pl.ds(row0, ROWS), work.head, pl.ds(i, width)]
-        mosaic.copy_smem_to_gmem(r.out_smem.at[c.me], rows)
+        rows = pl.ds(c.row0(work), ROWS)
+        out_gmem = r.out_gmem.at[work.batch, rows, work.head, pl.ds(i, width)]
+        mosaic.copy_smem_to_gmem(r.out_smem.at[c.me], out_gmem)
 
 
 def _heads_of(array: mosaic.Ref, work: Work) -> tuple[Any, Any]:
