@@ -40,7 +40,7 @@ def folding(forward: Forward) -> Forward:
         def call(operands: spec.Operands) -> Results:
             return forward(problem, operands)
 
-        @call.def_vmap  # type: ignore[untyped-decorator]
+        @call.def_vmap
         def rule(size: int, mapped: list[spec.Operands], operands: spec.Operands) -> Any:
             (is_mapped,) = mapped
             if not _folds(problem, is_mapped):
@@ -52,7 +52,8 @@ def folding(forward: Forward) -> Forward:
             results = tuple(x.reshape(size, problem.B, *x.shape[1:]) for x in results)
             return results, (True, True)
 
-        return call(operands)  # type: ignore[no-any-return]
+        results: Results = call(operands)
+        return results
 
     return folded
 
@@ -60,8 +61,8 @@ def folding(forward: Forward) -> Forward:
 def _folds(problem: spec.Problem, is_mapped: spec.Operands) -> bool:
     if problem.score_mod or problem.mask_mod or problem.dropout_rate > 0:
         return False
-    rest = is_mapped._replace(**dict.fromkeys(_BY_BATCH))
-    return not any(jax.tree.leaves(rest))
+    others = set(is_mapped._fields) - set(_BY_BATCH)
+    return not any(jax.tree.leaves([getattr(is_mapped, name) for name in others]))
 
 
 def _pick(operands: spec.Operands, is_mapped: spec.Operands, i: Any) -> spec.Operands:

@@ -15,7 +15,6 @@ from jaxflash import reference
 from jaxflash.arguments import canonicalize
 from tests.cases import Arrays, Case
 
-
 _CEILING = 0.1
 
 

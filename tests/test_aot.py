@@ -6,11 +6,13 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+import jaxflash
 from bench import aot
 from bench.gpus import GPUS
 from bench.shapes import Shape, score_matrix_bytes
@@ -33,6 +35,46 @@ def _assert_fast(kernel: aot.Kernel) -> None:
     assert kernel.spill_store_bytes == kernel.spill_load_bytes == 0
     assert not [warning for warning in kernel.warnings if "serialized" in warning]
     assert 0 < kernel.registers <= 255
+
+
+_SEGMENTS = jnp.zeros((1, 4096), jnp.int32)
+# Every default configuration of the Hopper forward, by what leads to it.
+FORWARDS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "h64_short": (64, 1024, {}),
+    "h64_long": (64, 4096, {}),
+    "h64_window": (64, 4096, {"local_window_size": (512, 0)}),
+    "h64_causal": (64, 1024, {"is_causal": True}),
+    "h64_causal_cap": (64, 4096, {"is_causal": True, "logits_soft_cap": 20.0}),
+    "h64_segments": (
+        64,
+        4096,
+        {"query_segment_ids": _SEGMENTS, "key_value_segment_ids": _SEGMENTS},
+    ),
+    "h128": (128, 4096, {}),
+    "h128_causal": (128, 4096, {"is_causal": True}),
+    "h128_tail": (128, 4088, {"is_causal": True}),
+    "h128_window": (128, 4096, {"is_causal": True, "local_window_size": (512, 0)}),
+    "h128_cap": (128, 4096, {"logits_soft_cap": 20.0}),
+    "h128_causal_alibi": (128, 4096, {"is_causal": True, "alibi_slopes": jnp.ones(4)}),
+    "h128_sinks": (128, 4096, {"is_causal": True, "sinks": jnp.ones(4)}),
+    "h192": (192, 4096, {}),
+    "h256": (256, 4096, {}),
+    "h256_causal": (256, 4096, {"is_causal": True}),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", FORWARDS)
+def test_hopper_forward_compiles_without_spills(name: str) -> None:
+    head_dim, length, options = FORWARDS[name]
+
+    def fn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return jaxflash.dot_product_attention(q, k, v, **options, implementation="hopper")
+
+    x = _bf16(1, length, 4, head_dim)
+    (kernel,) = aot.compile_for(fn, x, x, x, gpu="h100").kernels
+    assert kernel.name == "forward_kernel"
+    _assert_fast(kernel)
 
 
 @needs_compiler

@@ -49,8 +49,8 @@ def _runs() -> list[Any]:
         is_kernel = backend.name in KERNELS
         for case in CASES:
             if not is_kernel or ON_GPU or case.name in INTERPRETED:
-                case = case.in_16_bits() if is_kernel else case
-                runs.append(pytest.param(backend.name, case, id=f"{case.name}-{backend.name}"))
+                asked = case.in_16_bits() if is_kernel else case
+                runs.append(pytest.param(backend.name, asked, id=f"{case.name}-{backend.name}"))
     return runs
 
 

@@ -13,14 +13,16 @@ from jaxflash import api, dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
 X = jax.ShapeDtypeStruct((2, 8, 4, 16), jnp.float32)
+(_XLA,) = (backend for backend in dispatch.BACKENDS if backend.name == "xla")
 
 
 def test_explain_names_what_runs() -> None:
     explanation = jaxflash.explain(X, X, X, is_causal=True)
     assert explanation.runs == "xla"
-    assert explanation.refusals == {"xla": None, "reference": None}
+    why = "needs a Hopper GPU (H100, H200); this device is cpu"
+    assert explanation.refusals == {"hopper": why, "xla": None, "reference": None}
     chosen = jaxflash.explain(X, X, X, implementation="reference")
-    assert str(chosen).splitlines() == ["xla        would run if asked for", "reference  runs"]
+    assert str(chosen).splitlines()[1:] == ["xla        would run if asked for", "reference  runs"]
 
 
 def test_explain_accepts_arrays_and_abstract_arrays() -> None:
@@ -33,7 +35,7 @@ def test_explain_accepts_arrays_and_abstract_arrays() -> None:
 
 def test_refusals_are_raised_and_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     """A named backend never falls back; None takes the first that accepts."""
-    picky = dispatch.BACKENDS[0]._replace(name="picky", supports=lambda problem: "it is Monday")
+    picky = _XLA._replace(name="picky", supports=lambda problem: "it is Monday")
     monkeypatch.setattr(dispatch, "BACKENDS", (picky, *dispatch.BACKENDS))
     x = jnp.ones((1, 4, 1, 8))
     assert "picky      refuses: it is Monday" in str(jaxflash.explain(x, x, x))
@@ -56,7 +58,7 @@ def test_score_mod_is_compiled_once_a_function() -> None:
     x = jnp.ones((1, 4, 1, 8))
     table = jnp.arange(1.0)
 
-    forward = dispatch.BACKENDS[0].forward
+    forward = _XLA.forward
     jaxflash.dot_product_attention(
         x, x, x, score_mod=lambda s, b, h, q, k: s + table[h], implementation="xla"
     )
@@ -71,6 +73,14 @@ def test_score_mod_is_compiled_once_a_function() -> None:
 _ALLOWED = {
     "pallas_kernels/spec": {"pallas_kernels/spec"},
     "pallas_kernels/mosaic": {"pallas_kernels/mosaic"},
+    "pallas_kernels/common": {"pallas_kernels", "pallas_kernels/common", "pallas_kernels/spec"},
+    "pallas_kernels/hopper": {
+        "pallas_kernels",
+        "pallas_kernels/common",
+        "pallas_kernels/hopper",
+        "pallas_kernels/mosaic",
+        "pallas_kernels/spec",
+    },
     "pallas_kernels": {"pallas_kernels", "pallas_kernels/spec", "pallas_kernels/mosaic"},
     "jaxflash": {"jaxflash", "pallas_kernels", "pallas_kernels/spec"},
     "jaxflash/xla": {"jaxflash", "jaxflash/xla", "pallas_kernels/spec"},
@@ -103,14 +113,17 @@ def test_imports_go_one_way(layer: str) -> None:
 
 def _entry(layer: str) -> set[str]:
     """dispatch, in jaxflash, names the backends; nothing else does."""
-    return {"jaxflash/xla"} if layer == "jaxflash" else set()
+    return {"jaxflash/xla", "pallas_kernels/hopper"} if layer == "jaxflash" else set()
 
 
 def test_only_dispatch_names_backends() -> None:
     importers = {
         path.name
         for path in ROOT.joinpath("jaxflash").glob("*.py")
-        if any(_layer(m) == "jaxflash/xla" or m == "jaxflash.reference" for m in _imported(path))
+        if any(
+            _layer(m) in ("jaxflash/xla", "pallas_kernels/hopper") or m == "jaxflash.reference"
+            for m in _imported(path)
+        )
     }
     assert importers == {"dispatch.py"}
 

@@ -93,7 +93,7 @@ def _by_ranges(problem: Problem, x: Operands, block_q: int, block_kv: int) -> An
     """
     offset = problem.query_offset if x.query_offset is None else _outer(x.query_offset)
     rows = problem.T if x.query_lengths is None else _outer(x.query_lengths).clip(0, problem.T)
-    keys = problem.S
+    keys: Any = problem.S
     if x.key_value_lengths is not None:
         keys = _outer(x.key_value_lengths).clip(0, problem.S)
     band = problem.band.shift(offset)

@@ -1,7 +1,7 @@
 """The forward: FlashAttention-3 (Shah et al. 2024, section 3) in Pallas for Mosaic GPU.
 
 A block has one producer warpgroup, which copies tiles of K and V by TMA into a ring of stages, and
-two or three consumer warpgroups, each with 64 rows of Q of its own. In each visit to a tile of keys
+two to four consumer warpgroups, each with 64 rows of Q of its own. In each visit to a tile of keys
 a consumer starts the product S = Q K^T, then O += P V of the visit before, and turns S into P while
 the latter still runs. The grid is persistent: a block that is done with a tile of queries takes the
 next one. The overlap does not stop there: the last product of a tile runs with the first of the
@@ -35,9 +35,9 @@ from pallas_kernels.hopper import tile as tiles
 
 ROWS = 64  # of a warpgroup's matrix product
 _LOG2_E = math.log2(math.e)
-# By the number of consumers: registers of a consumer's thread, and of a producer's, which needs more
-# where it has values to clean.
-_REGISTERS = {2: ((240, 24), (232, 40)), 3: ((160, 32), (152, 56)), 4: ((120, 32), (112, 64))}
+# By the number of consumers: registers of a consumer's thread, and of a producer's, which needs
+# more where it has values to clean. All must fit into what the block is launched with.
+_REGISTERS = {2: ((240, 24), (232, 40)), 3: ((160, 32), (152, 56)), 4: ((112, 32), (104, 64))}
 _SMEM_BYTES = 227 * 1024
 _SMEM_REST = 2304  # numbers and barriers; each buffer starts at a multiple of 1024
 # Rows and columns of the smallest tiles that TMA copies in the form that matrix products take.
@@ -59,7 +59,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.consumers not in _REGISTERS:
-            raise ValueError(f"consumers must be 2 or 3; got {self.consumers}")
+            raise ValueError(f"consumers must be one of {list(_REGISTERS)}; got {self.consumers}")
         if self.stages < 2 or self.q_stages not in (1, 2):
             raise ValueError(f"needs stages >= 2 and 1 or 2 q_stages; got {self}")
 
@@ -69,13 +69,17 @@ class Config:
 
     @classmethod
     def default(cls, problem: spec.Problem) -> "Config":
-        """What fits, where nothing was measured."""
-        wide = max(problem.H, problem.Hv)
-        if wide <= 128:
-            return cls(stages=4 if wide <= 64 else 2, late_wait=modifies(problem))
-        if problem.Hv <= 128:
-            return cls(q_stages=1)
-        return cls(block_kv=64, q_stages=1)
+        """The fastest of those measured (bench/LOG.md), by head dim, mask and length."""
+        wide, band = max(problem.H, problem.Hv), problem.band
+        plain = not (modifies(problem) or problem.masks_by_data or problem.dropout_rate)
+        if wide > 128:
+            return cls(q_stages=1) if problem.Hv <= 128 else cls(block_kv=64, q_stages=1)
+        if wide <= 64 and plain and band.is_unbounded:
+            short = problem.S < 2048
+            return cls(consumers=4, block_kv=64, stages=4) if short else cls(consumers=3)
+        if wide <= 64 and plain and band.lo is None and problem.S >= 4096:
+            return cls(consumers=3)
+        return cls(stages=4 if wide <= 64 else 2, late_wait=modifies(problem))
 
     def value_columns(self, Hv: int) -> int:
         """Width of the tiles of V; a product takes as many columns of P at a time."""
@@ -289,7 +293,7 @@ class Hidden(NamedTuple):
         some |= found.hiding[*_heads_of(found.hiding, work), kv_block] > 0
         return cls(some, key0, start, stop, found.seen.at[*_heads_of(found.seen, work)])
 
-    def others(self, row: int, shape: tuple[int, int]) -> jax.Array:
+    def others(self, row: int, shape: tuple[int, ...]) -> jax.Array:
         """Which elements of a part of V belong to keys that somebody sees."""
         first = self.key0 + row
         key = first + mosaic.iota(shape, 0)
@@ -361,8 +365,10 @@ def consume(k: Kernel) -> None:
         zero = jnp.int32(0)
         tile, work = next_tile(k, zero)
         carry = begin(c, work, zero, zero)
-        more = lambda state: state[2] < k.schedule.tiles
-        rounds, *_ = mosaic.while_loop(more, attend, (zero, zero, tile, carry), acc)
+        state = (zero, zero, tile, carry)
+        rounds, *_ = mosaic.while_loop(
+            lambda state: state[2] < k.schedule.tiles, attend, state, acc
+        )
         mosaic.barrier_arrive(k.refs.q_free.at[lax.rem(rounds, k.config.q_stages)])
 
     mosaic.fresh_accumulators(over_tiles, (ROWS, k.problem.Hv))
@@ -713,7 +719,7 @@ _MAX_HEAD_DIM = 256
 
 def supports(problem: spec.Problem) -> str | None:
     """Why these kernels cannot run a problem, or None."""
-    p, x = problem, problem.operands
+    p = problem
     if not (_is_hopper(p.device) or mosaic.is_interpreting()):
         return f"needs a Hopper GPU (H100, H200); this device is {p.device.kind}"
     if p.dtype not in (jnp.bfloat16, jnp.float16):
@@ -722,14 +728,18 @@ def supports(problem: spec.Problem) -> str | None:
         return f"takes head dims up to {_MAX_HEAD_DIM}; got {p.H=}, {p.Hv=}"
     if 0 in (p.B, p.T, p.S, p.N):
         return f"has no empty form; got {p.B=}, {p.T=}, {p.S=}, {p.N=}"
-    for name, function in (("score_mod", p.score_mod), ("mask_mod", p.mask_mod)):
+    return _refused_function(p)
+
+
+def _refused_function(problem: spec.Problem) -> str | None:
+    functions = {"score_mod": problem.score_mod, "mask_mod": problem.mask_mod}
+    for name, function in functions.items():
         reason = None if function is None else mosaic.refusal(function.program)
         if reason is not None:
             return f"cannot run this {name}: {reason}"
-    for captured in (*x.score_consts, *x.mask_consts):
-        if captured.dtype.itemsize > 4:
-            return f"takes captured arrays of at most 32 bits; got {captured.dtype}"
-    return None
+    x = problem.operands
+    wide = [c.dtype for c in (*x.score_consts, *x.mask_consts) if c.dtype.itemsize > 4]
+    return f"takes captured arrays of at most 32 bits; got {wide[0]}" if wide else None
 
 
 def _is_hopper(device: spec.Device) -> bool:

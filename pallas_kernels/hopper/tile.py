@@ -34,19 +34,21 @@ def in_kernel(problem: spec.Problem, H: int, Hv: int) -> spec.Problem:
     def widened(x: Any, columns: int) -> Any:
         return jax.ShapeDtypeStruct((*x.shape[:-1], columns), x.dtype)
 
-    score, mask, x = problem.score_mod, problem.mask_mod, problem.operands
+    score: Any = problem.score_mod and _InKernel(problem.score_mod)
+    mask: Any = problem.mask_mod and _InKernel(problem.mask_mod)
+    x = problem.operands
     return dataclasses.replace(
         problem,
         operands=x._replace(
             query=widened(x.query, H), key=widened(x.key, H), value=widened(x.value, Hv)
         ),
-        score_mod=None if score is None else _InKernel(score),
-        mask_mod=None if mask is None else _InKernel(mask),
+        score_mod=score,
+        mask_mod=mask,
     )
 
 
 def prepare(problem: spec.Problem, x: spec.Operands, rows: int, keys: int) -> spec.Operands:
-    """The operands as `tile_of` reads them: ``rows`` x ``keys`` are whole tiles that cover T x S."""
+    """The operands as `tile_of` reads them, with ``rows`` and ``keys`` of whole tiles."""
 
     def cover(y: Any, axis: int, size: int) -> Any:
         if y is None or y.shape[axis] == 1 or y.shape[axis] == size:

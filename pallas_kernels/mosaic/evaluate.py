@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -147,7 +146,7 @@ def _floor(x: Any, **_: Any) -> Any:
 
 def _integer_pow(x: Any, y: int, **_: Any) -> Any:
     power = x
-    for _ in range(abs(y) - 1):
+    for _i in range(abs(y) - 1):
         power = power * x
     return power if y > 0 else 1 / power
 
@@ -155,7 +154,7 @@ def _integer_pow(x: Any, y: int, **_: Any) -> Any:
 def _erf(x: Any, **_: Any) -> Any:
     """Abramowitz and Stegun 7.1.26: error below 1.5e-7."""
     t = 1 / (1 + 0.3275911 * jnp.abs(x))
-    series = 1.061405429
+    series: Any = 1.061405429
     for c in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
         series = series * t + c
     y = 1 - series * t * jnp.exp(-x * x)
@@ -192,9 +191,40 @@ _REPLACED: dict[str, Callable[..., Any]] = {
 }
 
 _ELEMENTWISE = frozenset(
-    "add sub mul div rem neg max min and or xor eq ne lt le gt ge select_n exp exp2 log log2 tanh "
-    "sin cos sqrt rsqrt shift_left shift_right_logical shift_right_arithmetic "
-    "round population_count".split()
+    [
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "rem",
+        "neg",
+        "max",
+        "min",
+        "and",
+        "or",
+        "xor",
+        "eq",
+        "ne",
+        "lt",
+        "le",
+        "gt",
+        "ge",
+        "select_n",
+        "exp",
+        "exp2",
+        "log",
+        "log2",
+        "tanh",
+        "sin",
+        "cos",
+        "sqrt",
+        "rsqrt",
+        "shift_left",
+        "shift_right_logical",
+        "shift_right_arithmetic",
+        "round",
+        "population_count",
+    ]
 )
 
 _CALLS = {

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
+from jaxlib.mlir.dialects import llvm as _llvm
 
 from pallas_kernels.mosaic import interpreter
 from pallas_kernels.mosaic.memory import Ref, layout_cast, load
+
+llvm: Any = _llvm  # generated code, whose signatures no type checker can follow
 
 _ROWS, _COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
@@ -24,7 +26,7 @@ def full(shape: tuple[int, ...], value: float, dtype: jax.typing.DTypeLike) -> j
     return layout_cast(jnp.full(shape, value, dtype), layout)
 
 
-def iota(shape: tuple[int, int], axis: int) -> jax.Array:
+def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
     """The int32 index of each element of a matrix along an axis."""
     return layout_cast(lax.broadcasted_iota(jnp.int32, shape, axis), plgpu.Layout.WGMMA)
 
@@ -44,9 +46,7 @@ def uniform(x: jax.Array) -> jax.Array:
 
     splat = plgpu.Layout.WG_SPLAT
 
-    @plgpu.inline_mgpu(
-        arg_types=(splat,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, splat)
-    )
+    @plgpu.inline_mgpu(arg_types=(splat,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, splat))
     def of_first_lane(_: Any, x: Any) -> Any:
         value = llvm.inline_asm(
             ir.IntegerType.get_signless(32),
@@ -75,11 +75,11 @@ def load_columns(ref: Ref) -> jax.Array:
     return load(ref, layout=_COLUMNS, optimized=False)
 
 
-def spread_rows(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def spread_rows(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The matrix whose every column is `x`."""
     return lax.broadcast_in_dim(x, shape, [0])
 
 
-def spread_columns(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def spread_columns(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The matrix whose every row is `x`."""
     return lax.broadcast_in_dim(x, shape, [1])
