@@ -358,8 +358,8 @@ def consume(k: Kernel) -> None:
             round_, step, tile, carry = state
             work = k.schedule.work(tile)
             carry, step = visit_rest(c, work, round_, step, carry)
-            tile = lax.optimization_barrier(tile)  # computed again rather than held
-            tile, carry = turn(c, k.schedule.work(tile), round_ + 1, step, carry)
+            work = k.schedule.work(mosaic.opaque(tile))  # computed again rather than held
+            tile, carry = turn(c, work, round_ + 1, step, carry)
             return round_ + 1, step, tile, carry
 
         zero = jnp.int32(0)
@@ -432,7 +432,7 @@ def visit_rest(c: Consumer, work: Work, round_: Any, step: Any, carry: Carry) ->
     carry = mosaic.fori_loop(first, walk.count, visits(masked=False), carry, c.acc)
     mosaic.barrier_arrive(r.q_free.at[q_stage])
     # Opaque: were the stage known, its descriptors would be held in registers all the time.
-    return carry, step + lax.optimization_barrier(jnp.int32(walk.count))
+    return carry, step + mosaic.opaque(walk.count)
 
 
 def turn(c: Consumer, work: Work, round_: Any, step: Any, carry: Carry) -> tuple[Any, Carry]:
@@ -511,7 +511,7 @@ class Visit(NamedTuple):
             return cls(k, masked, None, None)
         key0 = k.walk(work).tile(number) * k.config.block_kv
         # Opaque, so that what depends on it is not computed before the loop, to be held there.
-        row0, key0 = lax.optimization_barrier((c.row0(work), key0))
+        row0, key0 = mosaic.opaque(c.row0(work)), mosaic.opaque(key0)
         shape = (ROWS, k.config.block_kv)
         tile = tiles.tile_of(k.problem, k.refs.x, work, row0, key0, shape, masked)
         return cls(k, masked, tile, key0)
@@ -541,7 +541,7 @@ class Visit(NamedTuple):
             assert self.tile is not None
             key0 = self.key0
             if self.k.modifies:  # one after the other, or registers run out
-                s, key0 = lax.optimization_barrier((s, key0))
+                s, key0 = lax.optimization_barrier(s), mosaic.opaque(key0)
             allowed = tiles.allowed(problem, self.tile, key0)
             s = s if allowed is None else jnp.where(allowed, s, -math.inf)
         return s

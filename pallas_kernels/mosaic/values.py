@@ -36,28 +36,36 @@ def row_iota(rows: int) -> jax.Array:
     return layout_cast(lax.iota(jnp.int32, rows), _ROWS)
 
 
-def uniform(x: jax.Array) -> jax.Array:
+def uniform(x: Any) -> Any:
     """An int32 scalar that was read from memory, in a form that tells the compiler it is uniform.
 
     What follows from it then needs no register in every thread.
     """
+    return _through("shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;", x)
+
+
+def opaque(x: Any) -> Any:
+    """An int32 scalar of which the compiler knows nothing.
+
+    What depends on it is computed where it is used, not before a loop to be held in registers.
+    """
+    return _through("mov.b32 $0, $1;", jnp.int32(x))
+
+
+def _through(instruction: str, x: Any) -> Any:
+    """The result of one instruction on a scalar."""
     if interpreter.is_interpreting():
         return x
-
     splat = plgpu.Layout.WG_SPLAT
 
     @plgpu.inline_mgpu(arg_types=(splat,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, splat))
-    def of_first_lane(_: Any, x: Any) -> Any:
-        value = llvm.inline_asm(
-            ir.IntegerType.get_signless(32),
-            [x.registers.item()],
-            "shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;",
-            "=r,r",
-            has_side_effects=True,
-        )
+    def run(_: Any, x: Any) -> Any:
+        i32 = ir.IntegerType.get_signless(32)
+        operands = [x.registers.item()]
+        value = llvm.inline_asm(i32, operands, instruction, "=r,r", has_side_effects=True)
         return fa.FragmentedArray.splat(value, (), fa.WGSplatFragLayout(()), is_signed=True)
 
-    return of_first_lane(x)
+    return run(x)
 
 
 def load_matrix(ref: Ref) -> jax.Array:
