@@ -39,6 +39,8 @@ INTERPRETED = (
     "float16_window",
 )
 ON_GPU = jax.default_backend() == "gpu"
+# JAX 0.10.2's interpreter does not come to an end on persistent kernels; why is not known yet.
+INTERPRETS = jax.__version_info__ >= (0, 11)
 
 
 def _runs() -> list[Any]:
@@ -48,7 +50,7 @@ def _runs() -> list[Any]:
             continue
         is_kernel = backend.name in KERNELS
         for case in CASES:
-            if not is_kernel or ON_GPU or case.name in INTERPRETED:
+            if not is_kernel or ON_GPU or (INTERPRETS and case.name in INTERPRETED):
                 asked = case.in_16_bits() if is_kernel else case
                 runs.append(pytest.param(backend.name, asked, id=f"{case.name}-{backend.name}"))
     return runs
