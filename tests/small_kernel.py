@@ -23,8 +23,8 @@ from jax import lax
 from pallas_kernels import mosaic
 
 Fault = Literal["none", "late_wait", "early_free"]
-Form = Literal["fresh", "add", "transposed", "registers", "peeked", "updated"]
-FORMS: tuple[Form, ...] = ("fresh", "add", "transposed", "registers", "peeked", "updated")
+Form = Literal["fresh", "add", "transposed", "registers", "overlapped", "chained"]
+FORMS: tuple[Form, ...] = ("fresh", "add", "transposed", "registers", "overlapped", "chained")
 _PRODUCER, _CONSUMER = 0, 1
 TILE = 64
 
@@ -177,33 +177,21 @@ def product_reference(a: jax.Array, b: jax.Array, row: jax.Array, form: Form) ->
     """What `product` computes, in jnp."""
     x, y = a.astype(jnp.float32), b.astype(jnp.float32)
     once = x.T @ y.T if form == "transposed" else x @ y
-    times = 2 if form in ("peeked", "updated") else 1
-    return times * once + (form in ("add", "updated")) + row[:, None]
+    times = 2 if form in ("overlapped", "chained") else 1
+    return times * once + (form in ("add", "chained")) + row[:, None]
 
 
 def _product(a: mosaic.Ref, b: mosaic.Ref, form: Form) -> jax.Array:
-    shape = (TILE, TILE)
-    ones = mosaic.layout_cast(jnp.full(shape, 1, jnp.float32), mosaic.Layout.WGMMA)
+    ones = mosaic.full((TILE, TILE), 1, jnp.float32)
     if form == "fresh":
         return mosaic.matmul(a, b)
     if form == "add":
-        return mosaic.matmul_add(ones, a, b)
+        return mosaic.matmul(a, b, ones)
     if form == "transposed":
         return mosaic.matmul(a, b, transpose_a=True, transpose_b=True)
     if form == "registers":
         return mosaic.matmul(mosaic.load(a, layout=mosaic.Layout.WGMMA), b)
-    if form == "peeked":
-        return mosaic.fresh_accumulators(lambda x, y: _peeked(x, y, a, b), shape, shape)
-    return mosaic.update_accumulators(lambda acc: _twice(acc, a, b), ones)[0]
-
-
-def _peeked(first: mosaic.Ref, second: mosaic.Ref, a: mosaic.Ref, b: mosaic.Ref) -> jax.Array:
-    mosaic.issue(first, a, b)
-    mosaic.issue(second, a, b)
-    early = mosaic.peek(first, in_flight=1)
-    return early + mosaic.peek(second)
-
-
-def _twice(acc: mosaic.Ref, a: mosaic.Ref, b: mosaic.Ref) -> None:
-    mosaic.issue(acc, a, b)
-    mosaic.issue(acc, a, b)
+    if form == "overlapped":
+        first, second = mosaic.start(a, b), mosaic.start(a, b)
+        return mosaic.settle(first, in_flight=1) + mosaic.settle(second)
+    return mosaic.settle(mosaic.start(a, b, mosaic.start(a, b, ones)))

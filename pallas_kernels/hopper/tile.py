@@ -1,7 +1,8 @@
 """What the operands say of a tile of logits, loaded from global memory into registers.
 
-Arrays whose last axes run over queries or keys are padded to whole tiles by `prepare`; copies of
-tiles by TMA need no padding, loads into registers do.
+TMA copies what there is of a tile, loads into registers do not look where an array ends. So
+`prepare` pads what is loaded, arrays that say something of rows or keys, and leaves alone what is
+copied: queries, keys and values.
 """
 
 import dataclasses
@@ -28,23 +29,11 @@ class _InKernel:
         return mosaic.evaluate(self._program, captures, *args)
 
 
-def in_kernel(problem: spec.Problem, H: int, Hv: int) -> spec.Problem:
-    """The problem with functions that a kernel can call, and the head dims that it works with."""
-
-    def widened(x: Any, columns: int) -> Any:
-        return jax.ShapeDtypeStruct((*x.shape[:-1], columns), x.dtype)
-
+def in_kernel(problem: spec.Problem) -> spec.Problem:
+    """The problem with functions that a kernel can call."""
     score: Any = problem.score_mod and _InKernel(problem.score_mod)
     mask: Any = problem.mask_mod and _InKernel(problem.mask_mod)
-    x = problem.operands
-    return dataclasses.replace(
-        problem,
-        operands=x._replace(
-            query=widened(x.query, H), key=widened(x.key, H), value=widened(x.value, Hv)
-        ),
-        score_mod=score,
-        mask_mod=mask,
-    )
+    return dataclasses.replace(problem, score_mod=score, mask_mod=mask)
 
 
 def prepare(problem: spec.Problem, x: spec.Operands, rows: int, keys: int) -> spec.Operands:
@@ -58,6 +47,9 @@ def prepare(problem: spec.Problem, x: spec.Operands, rows: int, keys: int) -> sp
 
     mask = None if x.mask is None else x.mask.astype(jnp.int8)
     return x._replace(
+        query=_copied(x.query),
+        key=_copied(x.key),
+        value=_copied(x.value),
         bias=cover(cover(x.bias, 2, rows), 3, keys),
         mask=cover(cover(mask, 2, rows), 3, keys),
         query_segment_ids=cover(x.query_segment_ids, 1, rows),
@@ -65,6 +57,11 @@ def prepare(problem: spec.Problem, x: spec.Operands, rows: int, keys: int) -> sp
         score_consts=tuple(map(_flat, x.score_consts)),
         mask_consts=tuple(map(_flat, x.mask_consts)),
     )
+
+
+def _copied(x: jax.Array) -> jax.Array:
+    """With as many columns as a copy needs."""
+    return jnp.pad(x, [(0, 0)] * 3 + [(0, mosaic.copied_columns(x.shape[-1]) - x.shape[-1])])
 
 
 def _flat(x: jax.Array) -> jax.Array:
@@ -170,6 +167,12 @@ def counted_from(tile: spec.Tile, key0: Any) -> spec.Tile:
     )
 
 
+def heads_of(ref: mosaic.Ref, work: Work) -> tuple[Any, Any]:
+    """Where an array [B|1, N|1, ...] speaks of a tile."""
+    batch = work.batch if ref.shape[0] > 1 else 0
+    return batch, work.head if ref.shape[1] > 1 else 0
+
+
 def _vector(batch: Any, shape: tuple[int, int], ref: mosaic.Ref, window: Any, axis: int) -> Any:
     part = ref.at[batch, pl.ds(*window)]
     if axis == 0:
@@ -180,8 +183,7 @@ def _vector(batch: Any, shape: tuple[int, int], ref: mosaic.Ref, window: Any, ax
 def _window(ref: mosaic.Ref, work: Work, rows: Any, keys: Any) -> Any:
     """The part of [B|1, N|1, T|1, S|1] that a tile sees: [rows, keys], or a scalar."""
     shape = (rows[1], keys[1])
-    batch = work.batch if ref.shape[0] > 1 else 0
-    head = work.head if ref.shape[1] > 1 else 0
+    batch, head = heads_of(ref, work)
     if ref.shape[2] > 1 and ref.shape[3] > 1:
         return mosaic.load_matrix(ref.at[batch, head, pl.ds(*rows), pl.ds(*keys)])
     if ref.shape[2] > 1:

@@ -2,9 +2,8 @@
 
 A kernel written against this package runs compiled on a Hopper GPU and, unchanged, on a CPU under
 ``with interpreting():``, where every data race that the interpreter can see raises `RaceError`.
-The interpreter lacks accumulator stores, products with a left operand in registers, layouts and
-(JAX 0.10.2) reads through transposed references; the helpers here choose, while the kernel is
-traced, between the instruction and an emulation of it.
+The interpreter lacks layouts and code inlined into a kernel; the helpers here choose, while the
+kernel is traced, between the instruction and an emulation of it.
 
 What the interpreter cannot show: its matrix products are synchronous, so a value read before its
 ``wgmma`` has finished, or a tile overwritten under a running one, looks right there. Only runs on
@@ -29,18 +28,9 @@ from pallas_kernels.mosaic.atomic import counter, take_number
 from pallas_kernels.mosaic.evaluate import evaluate, refusal
 from pallas_kernels.mosaic.interpreter import RaceError, interpreting, is_interpreting
 from pallas_kernels.mosaic.launch import compiler_params, kernel
-from pallas_kernels.mosaic.matmul import (
-    assign,
-    fori_loop,
-    fresh_accumulators,
-    issue,
-    matmul,
-    matmul_add,
-    peek,
-    update_accumulators,
-    while_loop,
-)
-from pallas_kernels.mosaic.memory import Ref, layout_cast, load, store, swizzle_columns, tiled_smem
+from pallas_kernels.mosaic.matmul import matmul, settle, start
+from pallas_kernels.mosaic.matrix import Form, Matrix, View, copied_columns, copy_in, copy_out
+from pallas_kernels.mosaic.memory import Ref, layout_cast, load, store, tiled_smem
 from pallas_kernels.mosaic.values import (
     full,
     iota,
@@ -57,25 +47,27 @@ from pallas_kernels.mosaic.values import (
 __all__ = [
     "SMEM",
     "Barrier",
+    "Form",
     "Layout",
+    "Matrix",
     "RaceError",
     "Ref",
-    "assign",
+    "View",
     "barrier_arrive",
     "barrier_wait",
     "commit_smem",
     "compiler_params",
+    "copied_columns",
     "copy_gmem_to_smem",
+    "copy_in",
+    "copy_out",
     "copy_smem_to_gmem",
     "counter",
     "evaluate",
-    "fori_loop",
-    "fresh_accumulators",
     "full",
     "interpreting",
     "iota",
     "is_interpreting",
-    "issue",
     "kernel",
     "layout_cast",
     "load",
@@ -83,20 +75,17 @@ __all__ = [
     "load_matrix",
     "load_rows",
     "matmul",
-    "matmul_add",
     "opaque",
-    "peek",
     "refusal",
     "row_iota",
     "set_max_registers",
+    "settle",
     "spread_columns",
     "spread_rows",
+    "start",
     "store",
-    "swizzle_columns",
     "take_number",
     "tiled_smem",
     "uniform",
-    "update_accumulators",
     "wait_smem_to_gmem",
-    "while_loop",
 ]

@@ -8,16 +8,11 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm as _llvm
 from jaxlib.mlir.dialects import memref
-from jaxlib.mlir.dialects import scf as _scf
 
 from pallas_kernels.mosaic import interpreter
+from pallas_kernels.mosaic.dialects import llvm, scf
 from pallas_kernels.mosaic.memory import Ref
-
-# Generated code, whose signatures no type checker can follow.
-llvm: Any = _llvm
-scf: Any = _scf
 
 
 def counter() -> Ref | None:

@@ -10,15 +10,10 @@ import numpy as np
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith as _arith
-from jaxlib.mlir.dialects import llvm as _llvm
 
 from pallas_kernels.mosaic import interpreter
+from pallas_kernels.mosaic.dialects import arith, llvm
 from pallas_kernels.mosaic.memory import Ref
-
-# Generated code, whose signatures no type checker can follow.
-arith: Any = _arith
-llvm: Any = _llvm
 
 
 def gather(

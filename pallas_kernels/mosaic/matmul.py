@@ -1,164 +1,138 @@
 """Matrix products of tiles: wgmma when compiled, ``jnp.dot`` when interpreted.
 
-Left operands are tiles in shared memory or values in registers, right operands tiles in shared
-memory. Accumulators are float32. Three forms, from simple to fast:
-
-* `matmul`, `matmul_add`: synchronous; other work can run in the product's shadow.
-* `update_accumulators` with `issue`: products run while the body goes on; the final values come
-  back when all have finished.
-* `fresh_accumulators` with `issue` and `peek`: as above, and values can be read one by one while
-  later products still run. `assign` replaces a value; `fori_loop` lets an accumulator live across
-  the steps of a loop.
+A product that has been started runs while the kernel goes on. What `start` returns is not there yet:
+nothing may be done with it but start another product that adds to it, or `settle` it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
-import jax.experimental.pallas as pl
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jax import lax
+from jax.experimental.mosaic import gpu as _mgpu
+from jax.experimental.mosaic.gpu import fragmented_array as fa
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jax.experimental.pallas import mosaic_gpu
+from jaxlib.mlir import ir
 
 from pallas_kernels.mosaic import interpreter
-from pallas_kernels.mosaic.memory import Ref, transposed
+from pallas_kernels.mosaic.dialects import nvvm
+from pallas_kernels.mosaic.matrix import Matrix
+from pallas_kernels.mosaic.memory import Ref, tiling_of
 
-Result = TypeVar("Result")
+# Their annotations and signatures differ between JAX versions: no type checker can agree with all.
+mgpu: Any = _mgpu
+plgpu: Any = mosaic_gpu
 
-
-class _Cell:
-    """Stands in for an accumulator register when interpreting."""
-
-    def __init__(self, value: jax.Array) -> None:
-        self.value = value
+_STRIPS = 3  # the rank of a matrix in strips, [strips, rows, width]
 
 
 def matmul(
-    a: Ref | jax.Array,  # [M, K], or [K, M] with transpose_a
-    b: Ref,  # [K, N], or [N, K] with transpose_b
+    a: Ref | Matrix | jax.Array,
+    b: Ref | Matrix,
+    acc: jax.Array | None = None,
     *,
     transpose_a: bool = False,
     transpose_b: bool = False,
-    meanwhile: Callable[[], None] | None = None,
 ) -> jax.Array:
-    """``a @ b`` in float32. `meanwhile` is traced between the product's start and its end."""
-
-    def body(acc: Ref) -> jax.Array:
-        issue(acc, a, b, transpose_a=transpose_a, transpose_b=transpose_b)
-        if meanwhile is not None:
-            meanwhile()
-        return peek(acc)
-
-    return fresh_accumulators(body, (_rows(a, transpose_a), _columns(b, transpose_b)))
+    """``acc + a @ b``; operands as in `start`."""
+    return settle(start(a, b, acc, transpose_a=transpose_a, transpose_b=transpose_b))
 
 
-def matmul_add(
-    acc: jax.Array,  # [M, N] float32
-    a: Ref | jax.Array,
-    b: Ref,
+def start(
+    a: Ref | Matrix | jax.Array,  # [M, K], or [K, M] with transpose_a
+    b: Ref | Matrix,  # [K, N], or [N, K] with transpose_b
+    acc: jax.Array | None = None,  # [M, N] float32; default: zero
     *,
     transpose_a: bool = False,
     transpose_b: bool = False,
-    meanwhile: Callable[[], None] | None = None,
 ) -> jax.Array:
-    """``acc + a @ b``; operands as in `matmul`."""
+    """Starts ``acc + a @ b``, which will be [M, N] float32.
 
-    def body(acc_ref: Ref) -> None:
-        issue(acc_ref, a, b, transpose_a=transpose_a, transpose_b=transpose_b)
-        if meanwhile is not None:
-            meanwhile()
+    Left operands are in shared memory or in registers, right operands in shared memory. A `Matrix`
+    of several pieces can be a right operand only with transpose_b, with a left one alike.
+    """
+    if not isinstance(b, Matrix):
+        return _start(a, b, acc, transpose_a, transpose_b)
+    lefts = [view.tiled for view in a.views] if isinstance(a, Matrix) else [a]
+    for left, right in zip(lefts, b.views, strict=True):
+        acc = _start(left, right.tiled, acc, transpose_a, transpose_b)
+    assert acc is not None
+    return acc
 
-    return update_accumulators(body, acc)[0]
 
+def settle(value: jax.Array, *, in_flight: int = 0) -> jax.Array:
+    """What `start` returned, once at most so many of the products started last still run.
 
-def fresh_accumulators(body: Callable[..., Result], *shapes: tuple[int, int]) -> Result:
-    """Calls `body` with one zeroed accumulator a shape; returns what it returns."""
+    Each piece of a `Matrix` counts as a product.
+    """
     if interpreter.is_interpreting():
-        return body(*[_Cell(jnp.zeros(shape, jnp.float32)) for shape in shapes])
-    return pl.run_scoped(body, *[plgpu.ACC(shape, jnp.float32) for shape in shapes])
+        return value
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=_like(value.shape))
+    def wait(_: Any, value: Any) -> Any:
+        nvvm.wgmma_wait_group_sync_aligned(in_flight)
+        return fa.optimization_barrier(value)  # nothing that reads it may move up
+
+    return wait(value)
 
 
-def update_accumulators(body: Callable[..., None], *values: jax.Array) -> Sequence[jax.Array]:
-    """Calls `body` with accumulators that hold `values`; returns their final values."""
+def _start(
+    a: Ref | jax.Array, b: Ref, acc: jax.Array | None, transpose_a: bool, transpose_b: bool
+) -> jax.Array:
     if interpreter.is_interpreting():
-        cells = [_Cell(value) for value in values]
-        body(*cells)
-        return [cell.value for cell in cells]
-    run = pl.run_state(lambda refs: body(*refs))
-    return run(tuple(plgpu.ACC.init(value) for value in values))
+        product = _emulated(a, b, transpose_a, transpose_b)
+        return product if acc is None else acc + product
+    in_registers = isinstance(a, jax.Array)
+    types: list[Any] = [plgpu.Layout.WGMMA if in_registers else _ref_type(a), _ref_type(b)]
+    shape = (_size(a, 1 if transpose_a else 0), _size(b, 0 if transpose_b else 1))
+    operands = [a, b]
+    if acc is not None:
+        types.append(plgpu.Layout.WGMMA)
+        operands.append(acc)
+    _, swizzle = tiling_of(b)
+
+    @plgpu.inline_mgpu(arg_types=tuple(types), return_type=_like(shape))
+    def issue(_: Any, a: Any, b: Any, *acc: Any) -> Any:
+        if acc:
+            total = mgpu.WGMMAAccumulator.from_registers(*acc)
+        else:
+            total = mgpu.WGMMAAccumulator.zero(*shape)
+        left = a if in_registers else _tiles(a, transpose_a)
+        total = mgpu.wgmma(total, left, _tiles(b, transpose_b), swizzle=swizzle)
+        nvvm.wgmma_commit_group_sync_aligned()
+        return total.value
+
+    return issue(*operands)
 
 
-def issue(
-    acc: Any,
-    a: Ref | jax.Array,
-    b: Ref,
-    *,
-    transpose_a: bool = False,
-    transpose_b: bool = False,
-) -> None:
-    """Starts ``acc += a @ b`` and does not wait for it; operands as in `matmul`."""
-    if interpreter.is_interpreting():
-        acc.value = acc.value + _emulated(a, b, transpose_a, transpose_b)
-    else:
-        plgpu.wgmma(acc, transposed(a) if transpose_a else a, transposed(b) if transpose_b else b)
+def _like(shape: tuple[int, ...]) -> Any:
+    return plgpu.ShapeDtypeStruct(shape, jnp.float32, plgpu.Layout.WGMMA)
 
 
-def peek(acc: Any, *, in_flight: int = 0) -> jax.Array:
-    """The accumulator's value, once at most `in_flight` of the latest products still run."""
-    if interpreter.is_interpreting():
-        return acc.value
-    return plgpu.wgmma_accumulator_load(acc, wait_n=in_flight)
+def _ref_type(ref: Ref) -> Any:
+    tiling, swizzle = tiling_of(ref)
+    transforms = (plgpu.TilingTransform(tiling), plgpu.SwizzleTransform(swizzle))
+    return plgpu.RefType(transforms)
 
 
-def assign(acc: Any, value: jax.Array) -> None:
-    """Replaces the accumulator's value; no product may be running."""
-    if interpreter.is_interpreting():
-        acc.value = value
-    else:
-        acc[...] = value
+def _size(operand: Any, axis: int) -> int:
+    """Rows (0) or columns (1) of a matrix, which may be in strips."""
+    *strips, rows, columns = operand.shape
+    return rows if axis == 0 else columns * (strips[0] if strips else 1)
 
 
-def fori_loop(
-    start: Any, stop: Any, body: Callable[[Any, Any], Any], carry: Any, *accumulators: Any
-) -> Any:
-    """``lax.fori_loop`` whose body may use `accumulators` that were made outside of it."""
-    if not interpreter.is_interpreting():
-        return lax.fori_loop(start, stop, body, carry)
-    state = lax.fori_loop(
-        start,
-        stop,
-        lambda i, state: _with_values(accumulators, state, lambda carry: body(i, carry)),
-        ([a.value for a in accumulators], carry),
-    )
-    return _with_values(accumulators, state, lambda carry: carry)[1]
-
-
-def while_loop(
-    condition: Callable[[Any], Any], body: Callable[[Any], Any], carry: Any, *accumulators: Any
-) -> Any:
-    """``lax.while_loop`` likewise; the condition sees the carry alone."""
-    if not interpreter.is_interpreting():
-        return lax.while_loop(condition, body, carry)
-    state = lax.while_loop(
-        lambda state: condition(state[1]),
-        lambda state: _with_values(accumulators, state, body),
-        ([a.value for a in accumulators], carry),
-    )
-    return _with_values(accumulators, state, lambda carry: carry)[1]
-
-
-def _with_values(accumulators: Sequence[Any], state: Any, body: Callable[[Any], Any]) -> Any:
-    """Gives interpreted accumulators their values, runs the body, and takes the values back."""
-    for acc, value in zip(accumulators, state[0], strict=True):
-        acc.value = value
-    carry = body(state[1])
-    return [acc.value for acc in accumulators], carry
+def _tiles(ref: Any, transpose: bool) -> Any:
+    """A matrix as wgmma wants it: tiles by rows and columns, then elements likewise."""
+    if ir.MemRefType(ref.type).rank > _STRIPS + 1:
+        ref = mgpu_utils.memref_slice(ref, (slice(None), slice(None), 0))
+        ref = mgpu_utils.memref_transpose(ref, (1, 0, 2, 3))
+    return mgpu_utils.memref_transpose(ref, (1, 0, 3, 2)) if transpose else ref
 
 
 def _emulated(a: Any, b: Any, transpose_a: bool, transpose_b: bool) -> jax.Array:
-    a, b = a[...], b[...]
+    a, b = _whole(a[...]), _whole(b[...])
     if transpose_a:
         a = a.T
     if transpose_b:
@@ -170,9 +144,5 @@ def _emulated(a: Any, b: Any, transpose_a: bool, transpose_b: bool) -> jax.Array
     return product
 
 
-def _rows(a: Any, transpose: bool) -> int:
-    return a.shape[1] if transpose else a.shape[0]
-
-
-def _columns(b: Any, transpose: bool) -> int:
-    return b.shape[0] if transpose else b.shape[1]
+def _whole(x: jax.Array) -> jax.Array:
+    return jnp.concatenate(list(x), axis=1) if x.ndim == _STRIPS else x

@@ -20,14 +20,6 @@ _TILE_ROWS = 8  # the hardware's swizzle patterns repeat after eight rows
 _SWIZZLES = (128, 64, 32)
 
 
-def swizzle_columns(columns: int) -> int:
-    """How many of so many 16-bit columns the widest swizzle takes that divides them."""
-    for swizzle in _SWIZZLES:
-        if columns % (swizzle // 2) == 0:
-            return swizzle // 2
-    raise ValueError(f"columns must be a multiple of {_SWIZZLES[-1] // 2}; got {columns}")
-
-
 def tiled_smem(
     shape: tuple[int, ...], dtype: jax.typing.DTypeLike, swizzle: int | None = None
 ) -> Any:
@@ -55,15 +47,11 @@ def tiled_smem(
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def transposed(ref: Ref) -> Ref:
-    """The matrix in `ref` with its axes swapped, for compiled kernels.
-
-    JAX 0.10.2's interpreter cannot read through such a reference, so kernels ask for a transpose
-    by the flags of the products in `matmul`, which come here only when compiled.
-    """
-    if hasattr(ref, "transpose"):
-        return ref.transpose((1, 0))
-    return plgpu.transpose_ref(ref, (1, 0))  # JAX 0.10.2; deprecated in 0.12
+def tiling_of(ref: Ref) -> tuple[tuple[int, ...], int]:
+    """The tile and the bytes of a swizzled row of a `tiled_smem` buffer, or of a part of one."""
+    (tiling,) = (t.tiling for t in ref.transforms if hasattr(t, "tiling"))
+    (swizzle,) = (t.swizzle for t in ref.transforms if hasattr(t, "swizzle"))
+    return tiling, swizzle
 
 
 def load(ref: Ref, *, layout: Any = None, optimized: bool = True) -> jax.Array:

@@ -10,12 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm as _llvm
 
 from pallas_kernels.mosaic import interpreter
+from pallas_kernels.mosaic.dialects import llvm
 from pallas_kernels.mosaic.memory import Ref, layout_cast, load
-
-llvm: Any = _llvm  # generated code, whose signatures no type checker can follow
 
 _ROWS, _COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
@@ -55,7 +53,7 @@ def opaque(x: Any) -> Any:
 def _through(instruction: str, x: Any) -> Any:
     """The result of one instruction on a scalar."""
     if interpreter.is_interpreting():
-        return x
+        return jnp.int32(x)
     splat = plgpu.Layout.WG_SPLAT
 
     @plgpu.inline_mgpu(arg_types=(splat,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, splat))

@@ -1,0 +1,91 @@
+"""Sizes of tiles and rings, and what of a multiprocessor they take."""
+
+import dataclasses
+from typing import NamedTuple
+
+from pallas_kernels import mosaic, spec
+
+ROWS = 64  # of a warpgroup's matrix product
+# By the number of consumers: registers of a consumer's thread, and of a producer's, which needs
+# more where it has values to clean. All must fit into what the block is launched with.
+REGISTERS = {2: ((240, 24), (232, 40)), 3: ((160, 32), (152, 56)), 4: ((112, 32), (104, 64))}
+_SMEM_BYTES = 227 * 1024
+_SMEM_REST = 2304  # numbers and barriers; each buffer starts at a multiple of 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How a forward is cut into tiles."""
+
+    consumers: int = 2  # warpgroups; a tile of queries has 64 rows of each
+    block_kv: int = 128
+    stages: int = 2
+    q_stages: int = 2  # 1: the next tile's Q comes when this tile's scores are done
+    late_wait: bool = False  # keep O += P V running during the exponentials
+
+    def __post_init__(self) -> None:
+        if self.consumers not in REGISTERS:
+            raise ValueError(f"consumers must be one of {list(REGISTERS)}; got {self.consumers}")
+        if self.block_kv not in (64, 128):
+            raise ValueError(f"block_kv must be 64 or 128; got {self.block_kv}")
+        if self.stages < 2 or self.q_stages not in (1, 2):
+            raise ValueError(f"needs stages >= 2 and 1 or 2 q_stages; got {self}")
+
+    @property
+    def block_q(self) -> int:
+        return self.consumers * ROWS
+
+    @classmethod
+    def default(cls, problem: spec.Problem) -> "Config":
+        """One that fits every problem; tuned ones are for the caller to choose."""
+        wide = max(problem.H, problem.Hv)
+        if wide > 128:
+            return cls(block_kv=64, q_stages=1)
+        return cls(stages=4 if wide <= 64 else 2, late_wait=modifies(problem))
+
+    def smem_bytes(self, H: int, Hv: int, staged: int) -> int:
+        """Of rings, and of staging for so many columns of O, for 16-bit elements."""
+        k_columns = mosaic.Form.of(self.block_kv, H).columns
+        v_columns = mosaic.Form.in_one_piece(self.block_kv, Hv).columns
+        rows = self.q_stages * self.block_q * k_columns + self.block_q * staged
+        return 2 * (rows + self.stages * self.block_kv * (k_columns + v_columns))
+
+    def staging(self, H: int, Hv: int) -> "Staging | None":
+        """As much of a row of O as shared memory has room for; None if it has none."""
+        for staging in Staging.of(Hv):
+            if self.smem_bytes(H, Hv, staging.form.columns) + _SMEM_REST <= _SMEM_BYTES:
+                return staging
+        return None
+
+
+class Staging(NamedTuple):
+    """Which strips of a tile of O are on their way out at the same time."""
+
+    whole: mosaic.Form  # of all strips
+    places: int  # for those of the first piece; the others have one each
+
+    @classmethod
+    def of(cls, columns: int) -> list["Staging"]:
+        """All there are, the one with most places first."""
+        whole = mosaic.Form.of(ROWS, columns)
+        return [cls(whole, places) for places in range(whole.pieces[0].strips, 0, -1)]
+
+    @property
+    def form(self) -> mosaic.Form:
+        """Of all places."""
+        first, *rest = self.whole.pieces
+        return mosaic.Form((first._replace(strips=self.places), *rest))
+
+    def groups(self) -> list[list[int]]:
+        """For each time, the places that are filled with the strips that come next."""
+        first = self.whole.pieces[0].strips
+        groups = [list(range(min(self.places, first - i))) for i in range(0, first, self.places)]
+        groups[-1] += range(self.places, self.form.strips)
+        return groups
+
+
+def modifies(problem: spec.Problem) -> bool:
+    """Whether logits are more than ``scale * q.k``, or their order is not that of ``q.k``."""
+    x = problem.operands
+    options = (x.bias, x.alibi_slopes, problem.soft_cap, problem.score_mod)
+    return any(option is not None for option in options) or problem.scale <= 0

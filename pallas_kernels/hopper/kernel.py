@@ -1,0 +1,151 @@
+"""What the roles of the forward share: where things are, and which tiles there are."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from pallas_kernels import mosaic, spec
+from pallas_kernels.common.block_map import BlockMap
+from pallas_kernels.common.schedule import Schedule, Work
+from pallas_kernels.common.walk import Walk, of_band
+from pallas_kernels.hopper import tile as tiles
+from pallas_kernels.hopper.config import ROWS, Config, Staging, modifies
+
+LOG2_E = math.log2(math.e)
+
+
+class Refs(NamedTuple):
+    """Global memory, shared memory, barriers."""
+
+    x: spec.Operands
+    map: BlockMap | None
+    out_gmem: mosaic.Ref  # [B, T, N, Hv]
+    lse_gmem: mosaic.Ref  # [B, N, T in whole tiles] float32
+    q_smem: mosaic.Matrix  # [q_stages, consumers, 64, H]
+    k_smem: mosaic.Matrix  # [stages, block_kv, H]
+    v_smem: mosaic.Matrix  # [stages, block_kv, Hv]
+    out_smem: mosaic.Matrix  # [consumers, 64, columns of staging]
+    tile_smem: mosaic.Ref  # [q_stages] int32: which tile of queries comes next
+    ticket_smem: mosaic.Ref  # [1] int32: a number taken, the producer's own
+    q_full: mosaic.Ref
+    q_free: mosaic.Ref
+    k_full: mosaic.Ref
+    k_free: mosaic.Ref
+    v_full: mosaic.Ref
+    v_free: mosaic.Ref
+    v_raw: mosaic.Ref  # V has arrived, with rows in it that are to be zeroed
+
+
+
+class Forms(NamedTuple):
+    """How matrices are held in shared memory."""
+
+    q: mosaic.Form
+    k: mosaic.Form
+    v: mosaic.Form
+    out: mosaic.Form
+
+    @classmethod
+    def of(cls, p: spec.Problem, c: Config) -> "Forms":
+        staging = c.staging(p.H, p.Hv)
+        assert staging is not None, f"{c} needs too much shared memory for {p.H=}, {p.Hv=}"
+        return cls(
+            mosaic.Form.of(ROWS, p.H),
+            mosaic.Form.of(c.block_kv, p.H),
+            mosaic.Form.in_one_piece(c.block_kv, p.Hv),
+            staging.form,
+        )
+
+    def scratch(self, c: Config, dtype: Any) -> list[Any]:
+        """Shared memory and barriers, in the order of `Refs`."""
+        return [
+            self.q.smem(c.q_stages, c.consumers, dtype=dtype),
+            self.k.smem(c.stages, dtype=dtype),
+            self.v.smem(c.stages, dtype=dtype),
+            self.out.smem(c.consumers, dtype=dtype),
+            mosaic.SMEM((c.q_stages,), jnp.int32),
+            mosaic.SMEM((1,), jnp.int32),
+            mosaic.Barrier(num_barriers=c.q_stages, num_arrivals=c.consumers * self.q.strips + 1),
+            mosaic.Barrier(num_barriers=c.q_stages, num_arrivals=c.consumers),
+            mosaic.Barrier(num_barriers=c.stages, num_arrivals=self.k.strips),
+            mosaic.Barrier(num_barriers=c.stages, num_arrivals=c.consumers),
+            mosaic.Barrier(num_barriers=c.stages, num_arrivals=self.v.strips),
+            mosaic.Barrier(num_barriers=c.stages, num_arrivals=c.consumers),
+            mosaic.Barrier(num_arrivals=self.v.strips),
+        ]
+
+    def refs(
+        self, x: spec.Operands, found: BlockMap | None, outputs: Any, scratch: Any
+    ) -> Refs:
+        """From what a kernel is given."""
+        matrices = [mosaic.Matrix.of(y) for y in scratch[: len(self)]]
+        return Refs(x, found, *outputs, *matrices, *scratch[len(matrices) :])
+
+
+class Kernel(NamedTuple):
+    """The problem at hand, and how it is cut."""
+
+    problem: spec.Problem
+    config: Config
+    schedule: Schedule
+    blocks: int
+    forms: Forms
+    refs: Refs
+
+    def walk(self, work: Work) -> Walk:
+        """The tiles of keys that a tile of queries visits."""
+        c, p, x, found = self.config, self.problem, self.refs.x, self.refs.map
+        if found is not None:
+            at = (*tiles.heads_of(found.count, work), work.q_block)
+            count = found.count[at]
+            masked = jnp.where(count > 0, found.masked[at], 1)
+            return Walk(jnp.maximum(count, 1), masked, lambda visit: found.tiles[*at, visit])
+        first = work.q_block * c.block_q
+        rows = tiles.row_count(p, x, work.batch)
+        keys = tiles.key_count(p, x, work.batch)
+        if x.query_lengths is not None:
+            keys = jnp.where(first < rows, keys, 0)
+            rows = jnp.maximum(rows, first + 1)
+        stop = jnp.minimum(first + c.block_q, rows)
+        return of_band(tiles.band_of(p, x, work.batch), (first, stop), keys, c.block_kv)
+
+    @property
+    def staging(self) -> Staging:
+        found = self.config.staging(self.problem.H, self.problem.Hv)
+        assert found is not None
+        return found
+
+    @property
+    def masks(self) -> bool:
+        """Whether some visit needs a mask."""
+        p = self.problem
+        by_band = p.masks_by_data or not p.band.is_unbounded
+        return by_band or p.S % self.config.block_kv != 0
+
+    @property
+    def modifies(self) -> bool:
+        return modifies(self.problem)
+
+    @property
+    def unit(self) -> float:
+        """What turns the result of `Visit.logits` into logits to base 2."""
+        return LOG2_E if self.modifies else self.problem.scale * LOG2_E
+
+    @property
+    def hides_keys(self) -> bool:
+        """Whether there may be keys that nobody sees: their values may be NaN, and 0 NaN is NaN."""
+        p, x = self.problem, self.refs.x
+        if self.refs.map is not None or x.key_value_lengths is not None:
+            return True
+        if p.static_band is None or x.query_lengths is not None:
+            return not p.band.is_unbounded
+        return p.static_band.any_keys(0, p.T, p.S) != (0, p.S)
+
+    @property
+    def empties_rows(self) -> bool:
+        """Whether a row may see no key. It still multiplies the values of those that others see."""
+        p = self.problem
+        if p.masks_by_data or p.static_band is None or self.modifies:
+            return True
+        return p.static_band.transpose().any_keys(0, p.S, p.T) != (0, p.T)

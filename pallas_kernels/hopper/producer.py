@@ -1,0 +1,146 @@
+"""The producer of the forward: copies tiles into shared memory, and says which tile comes next."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import mosaic
+from pallas_kernels.common.schedule import Work
+from pallas_kernels.hopper import tile as tiles
+from pallas_kernels.hopper.config import ROWS
+from pallas_kernels.hopper.kernel import Kernel
+
+
+def produce(k: Kernel) -> None:
+    """Copies Q, K and V of each tile of this block."""
+    c, r = k.config, k.refs
+    block, counter = lax.axis_index("block"), mosaic.counter()
+
+    def load(carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        round_, step, tile = carry
+        work = k.schedule.work(tile)
+        stage = announce(k, round_, tile)
+        for i in range(c.consumers):
+            rows = pl.ds(work.q_block * c.block_q + i * ROWS, ROWS)
+            q_gmem = r.x.query.at[work.batch, rows, work.head]
+            mosaic.copy_in(q_gmem, r.q_smem.at(stage, i), r.q_full.at[stage])
+        count = produce_keys(k, work, step)
+        mosaic.take_number(counter, r.ticket_smem, k.blocks)
+        mosaic.commit_smem()
+        return round_ + 1, step + count, k.blocks + mosaic.uniform(r.ticket_smem[0])
+
+    if mosaic.is_interpreting():
+        r.ticket_smem[0] = block - k.blocks
+    start = (jnp.int32(0), jnp.int32(0), block)
+    rounds, steps, tile = lax.while_loop(lambda carry: carry[2] < k.schedule.tiles, load, start)
+    stage = announce(k, rounds, tile)  # that there is none left
+    arrive(r.q_full.at[stage], c.consumers * k.forms.q.strips)
+    drain(rounds + 1, c.q_stages, r.q_free)
+    drain(steps, c.stages, r.k_free, r.v_free)
+
+
+def announce(k: Kernel, round_: Any, tile: Any) -> Any:
+    """Tells the consumers which tile comes next; returns the stage of its Q."""
+    r, stage = k.refs, lax.rem(round_, k.config.q_stages)
+    pl.when(round_ >= k.config.q_stages)(lambda: mosaic.barrier_wait(r.q_free.at[stage]))
+    r.tile_smem[stage] = tile
+    mosaic.commit_smem()
+    mosaic.barrier_arrive(r.q_full.at[stage])
+    return stage
+
+
+def produce_keys(k: Kernel, work: Work, step: Any) -> Any:
+    """Copies K and V of each visit of a tile of queries; returns how many there are."""
+    c, r = k.config, k.refs
+    walk, head = k.walk(work), lax.div(work.head, k.problem.G)
+
+    def visit(j: Any, _: None) -> None:
+        stage, kv_block = lax.rem(step + j, c.stages), walk.tile(j)
+        keys = pl.ds(kv_block * c.block_kv, c.block_kv)
+        again = step + j >= c.stages
+        pl.when(again)(lambda: mosaic.barrier_wait(r.k_free.at[stage]))
+        k_gmem, v_gmem = (x.at[work.batch, keys, head] for x in (r.x.key, r.x.value))
+        mosaic.copy_in(k_gmem, r.k_smem.at(stage), r.k_full.at[stage])
+        pl.when(again)(lambda: mosaic.barrier_wait(r.v_free.at[stage]))
+        produce_values(k, work, kv_block, v_gmem, stage)
+
+    lax.fori_loop(0, walk.count, visit, None)
+    return walk.count
+
+
+def produce_values(k: Kernel, work: Work, kv_block: Any, v_gmem: mosaic.Ref, stage: Any) -> None:
+    """Copies a tile of V, and zeroes the rows of keys that nobody sees."""
+    r, v_smem = k.refs, k.refs.v_smem.at(stage)
+    if not k.hides_keys:
+        mosaic.copy_in(v_gmem, v_smem, r.v_full.at[stage])
+        return
+    hidden = Hidden.of(k, work, kv_block)
+
+    @pl.when(~hidden.some)
+    def _() -> None:
+        mosaic.copy_in(v_gmem, v_smem, r.v_full.at[stage])
+
+    @pl.when(hidden.some)
+    def _() -> None:
+        mosaic.copy_in(v_gmem, v_smem, r.v_raw)
+        mosaic.barrier_wait(r.v_raw)
+        for row in range(0, k.config.block_kv, ROWS):
+            for strip, _, _ in v_smem.strips():
+                part = strip.tiled.at[pl.ds(row, ROWS)]
+                values = mosaic.load_matrix(part)
+                seen = hidden.others(row, values.shape)
+                mosaic.store(part, jnp.where(seen, values, jnp.zeros((), values.dtype)))
+        mosaic.commit_smem()
+        arrive(r.v_full.at[stage], k.forms.v.strips)
+
+
+class Hidden(NamedTuple):
+    """Which keys of a tile nobody sees."""
+
+    some: Any  # whether there are any
+    key0: Any
+    start: Any  # keys before are hidden
+    stop: Any  # this and those after are hidden
+    flags: Any  # [keys] int8, zero where hidden; or None
+
+    @classmethod
+    def of(cls, k: Kernel, work: Work, kv_block: Any) -> "Hidden":
+        p, x, found = k.problem, k.refs.x, k.refs.map
+        key0, block_kv = kv_block * k.config.block_kv, k.config.block_kv
+        rows = tiles.row_count(p, x, work.batch)
+        keys = tiles.key_count(p, x, work.batch)
+        start, stop = tiles.band_of(p, x, work.batch).any_keys(0, rows, keys)
+        beyond = jnp.where(stop == p.S, p.S + block_kv, stop)  # TMA has zeroed what lies beyond S
+        some = (key0 < start) | (key0 + block_kv > beyond)
+        if found is None:
+            return cls(some, key0, start, stop, None)
+        some |= found.hiding[*tiles.heads_of(found.hiding, work), kv_block] > 0
+        return cls(some, key0, start, stop, found.seen.at[*tiles.heads_of(found.seen, work)])
+
+    def others(self, row: int, shape: tuple[int, ...]) -> jax.Array:
+        """Which elements of a part of V belong to keys that somebody sees."""
+        first = self.key0 + row
+        key = first + mosaic.iota(shape, 0)
+        seen = (self.start <= key) & (key < self.stop)
+        if self.flags is not None:
+            flags = mosaic.load_rows(self.flags.at[pl.ds(first, shape[0])])
+            seen &= mosaic.spread_rows(flags.astype(jnp.int32), shape) > 0
+        return seen
+
+
+def arrive(barrier: mosaic.Ref, times: int) -> None:
+    """In place of so many copies."""
+    for _ in range(times):
+        mosaic.barrier_arrive(barrier)
+
+
+def drain(uses: Any, stages: int, *free: mosaic.Ref) -> None:
+    """Waits until the stages of a ring that has had some uses are free."""
+
+    @pl.loop(jnp.maximum(uses - stages, 0), uses)
+    def _(use: Any) -> None:
+        for barrier in free:
+            mosaic.barrier_wait(barrier.at[lax.rem(use, stages)])

@@ -1,0 +1,95 @@
+"""Online softmax of the tiles of scores that a warpgroup visits, to base 2."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import mosaic, spec
+from pallas_kernels.common.schedule import Work
+from pallas_kernels.hopper import tile as tiles
+from pallas_kernels.hopper.config import ROWS
+from pallas_kernels.hopper.kernel import LOG2_E, Kernel
+
+
+class Stats(NamedTuple):
+    """Of the scores of the rows so far."""
+
+    m: jax.Array  # [64] largest, log2
+    l: jax.Array  # [64] sum of powers relative to it
+
+    @classmethod
+    def start(cls) -> "Stats":
+        return cls(*(mosaic.full((ROWS,), x, jnp.float32) for x in (-math.inf, 0)))
+
+    def finish(self, k: Kernel, work: Work, row0: Any) -> tuple[jax.Array, jax.Array]:
+        """What to multiply rows of O by, and their lse; the sink takes its part here."""
+        x, (m, total) = k.refs.x, self
+        seen = m != -math.inf
+        if x.query_lengths is not None:
+            count = tiles.row_count(k.problem, x, work.batch)
+            seen &= mosaic.row_iota(ROWS) < count - row0
+        factor = jnp.where(seen, 1.0, 0.0)
+        m = jnp.where(seen, m, 0.0)
+        if x.sinks is not None:
+            sink = x.sinks[work.head].astype(jnp.float32) * LOG2_E
+            higher = jnp.maximum(m, sink)
+            factor = factor * jnp.exp2(m - higher)
+            total = total * factor + jnp.exp2(sink - higher)
+            m = higher
+        total = jnp.where(seen, total, 1.0)
+        lse = jnp.where(seen, (m + jnp.log2(total)) / LOG2_E, -math.inf)
+        return factor / total, lse
+
+
+class Visit(NamedTuple):
+    """A tile of scores, and what the operands say of it."""
+
+    k: Kernel
+    masked: bool
+    tile: spec.Tile | None  # if something depends on it
+    key0: Any
+
+    @classmethod
+    def of(cls, k: Kernel, work: Work, row0: Any, number: Any, masked: bool) -> "Visit":
+        """The visit of some number of a tile of queries."""
+        if not (masked or k.modifies or k.problem.dropout_rate > 0):
+            return cls(k, masked, None, None)
+        key0 = k.walk(work).tile(number) * k.config.block_kv
+        # Opaque, so that what depends on it is not computed before the loop, to be held there.
+        row0, key0 = mosaic.opaque(row0), mosaic.opaque(key0)
+        shape = (ROWS, k.config.block_kv)
+        tile = tiles.tile_of(k.problem, k.refs.x, work, row0, key0, shape, masked)
+        return cls(k, masked, tile, key0)
+
+    def softmax(self, stats: Stats, s: jax.Array) -> tuple[Stats, jax.Array, jax.Array]:
+        """Takes scores into the statistics; returns the decay of what came before, and P."""
+        k, problem = self.k, self.k.problem
+        s = self.logits(s)
+        m = jnp.maximum(stats.m, jnp.max(s, axis=1) * k.unit)
+        base = jnp.where(m == -math.inf, 0.0, m) if self.masked or k.modifies else m
+        decay = jnp.exp2(stats.m - base)
+        p = jnp.exp2(s * k.unit - mosaic.spread_rows(base, s.shape))
+        stats = Stats(m, stats.l * decay + jnp.sum(p, axis=1))
+        if problem.dropout_rate > 0:
+            assert self.tile is not None
+            seed = k.refs.x.dropout_seed
+            p = spec.dropout.apply(problem, self.tile, (seed[0], seed[1]), p)
+        return stats, decay, p
+
+    def logits(self, s: jax.Array) -> jax.Array:
+        """-inf where hidden, and otherwise logits when multiplied by ``k.unit``."""
+        problem = self.k.problem
+        if self.k.modifies:
+            assert self.tile is not None
+            s = tiles.modified(problem, self.tile, self.key0, s * problem.scale)
+        if self.masked:
+            assert self.tile is not None
+            key0 = self.key0
+            if self.k.modifies:  # one after the other, or registers run out
+                s, key0 = lax.optimization_barrier(s), mosaic.opaque(key0)
+            allowed = tiles.allowed(problem, self.tile, key0)
+            s = s if allowed is None else jnp.where(allowed, s, -math.inf)
+        return s

@@ -1,0 +1,15 @@
+"""MLIR dialects as Mosaic GPU's generated code has them: no type checker can follow those."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxlib.mlir.dialects import arith as _arith
+from jaxlib.mlir.dialects import llvm as _llvm
+from jaxlib.mlir.dialects import nvvm as _nvvm
+from jaxlib.mlir.dialects import scf as _scf
+
+arith: Any = _arith
+llvm: Any = _llvm
+nvvm: Any = _nvvm
+scf: Any = _scf

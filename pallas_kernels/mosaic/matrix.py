@@ -1,0 +1,161 @@
+"""Matrices in shared memory, copied from and to arrays of any number of rows and columns.
+
+TMA copies a box of an array: what lies beyond the array's end reads as zero and is not written. A
+row of it in shared memory has 128, 64 or 32 bytes, swizzled. So a matrix is held in strips of 64,
+32 or 16 columns, one after the other. A product takes a strip as tiles of eight rows: the same
+bytes, for which Mosaic has another type. A buffer is allocated as the union of both.
+
+If a product's right operand were tiles in row-major order, as Mosaic has them by itself, the array
+would have to consist of whole tiles.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu
+
+from pallas_kernels.mosaic import interpreter
+from pallas_kernels.mosaic.memory import Ref, tiled_smem
+from pallas_kernels.mosaic.values import opaque
+
+# Its annotations and signatures differ between JAX versions: no type checker can agree with all.
+plgpu: Any = mosaic_gpu
+
+_WIDTHS = (64, 32, 16)  # of strips, whose elements have 16 bits
+_ALIGNMENT = 8  # TMA wants rows of arrays at multiples of 16 bytes
+
+
+class Piece(NamedTuple):
+    """Strips of one width."""
+
+    strips: int
+    rows: int
+    width: int
+
+    @property
+    def columns(self) -> int:
+        return self.strips * self.width
+
+    def smem(self, stack: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Any:
+        """What to allocate for a stack of them."""
+        shape = (*stack, *self)
+        tiled = tiled_smem(shape, dtype)
+        if interpreter.is_interpreting():
+            return tiled
+        transforms = [plgpu.SwizzleTransform(self.width * jnp.dtype(dtype).itemsize)]
+        if not _copies_any_columns():
+            transforms.insert(0, plgpu.TilingTransform((self.width,)))
+        return plgpu.RefUnion(plgpu.SMEM(shape, dtype, transforms=tuple(transforms)), tiled)
+
+
+class View(NamedTuple):
+    """A piece, or a stack of them, in a kernel."""
+
+    copied: Ref  # [..., strips, rows, width], for copies
+    tiled: Ref  # the same, for products, loads and stores
+
+    def at(self, *index: Any) -> View:
+        return View(self.copied.at[index], self.tiled.at[index])
+
+
+class Form(NamedTuple):
+    """How a matrix is held; the last strip may have columns to spare."""
+
+    pieces: tuple[Piece, ...]
+
+    @classmethod
+    def of(cls, rows: int, columns: int) -> Form:
+        """In strips as wide as can be."""
+        found, rest = [], columns
+        for width in _WIDTHS:
+            found += [Piece(rest // width, rows, width)] if rest >= width else []
+            rest %= width
+        return cls((*found, Piece(1, rows, _WIDTHS[-1])) if rest else tuple(found))
+
+    @classmethod
+    def in_one_piece(cls, rows: int, columns: int) -> Form:
+        """In strips of the same width, as a right operand must be."""
+        columns += -columns % _WIDTHS[-1]
+        # A product takes as many columns of its left operand at a time: they divide the rows.
+        width = math.gcd(columns, rows, _WIDTHS[0])
+        return cls((Piece(columns // width, rows, width),))
+
+    @property
+    def columns(self) -> int:
+        return sum(piece.columns for piece in self.pieces)
+
+    @property
+    def strips(self) -> int:
+        """How many copies it takes to copy a matrix."""
+        return sum(piece.strips for piece in self.pieces)
+
+    def smem(self, *stack: int, dtype: jax.typing.DTypeLike) -> list[Any]:
+        """What to allocate for a stack of matrices."""
+        return [piece.smem(stack, dtype) for piece in self.pieces]
+
+
+class Matrix(NamedTuple):
+    """A matrix in shared memory, or a stack of them."""
+
+    views: tuple[View, ...]
+
+    @classmethod
+    def of(cls, allocated: Sequence[Any]) -> Matrix:
+        """From what `Form.smem` allocates."""
+        one = interpreter.is_interpreting()
+        return cls(tuple(View(x, x) if one else View(*x) for x in allocated))
+
+    def at(self, *index: Any) -> Matrix:
+        """One of the stack."""
+        return Matrix(tuple(view.at(*index) for view in self.views))
+
+    def strips(self) -> Iterator[tuple[View, int, int]]:
+        """Each strip of one matrix, its first column and its width."""
+        start = 0
+        for view in self.views:
+            count, _, width = view.tiled.shape
+            for i in range(count):
+                yield view.at(i), start, width
+                start += width
+
+
+def copied_columns(columns: int) -> int:
+    """How many columns an array must have to be copied, at least ``columns``."""
+    if columns in _WIDTHS:
+        return columns
+    step = _ALIGNMENT if _copies_any_columns() else _WIDTHS[0]
+    return -(-columns // step) * step
+
+
+def _copies_any_columns() -> bool:
+    """JAX 0.10.2 knows no view that is swizzled and not tiled, and tiles of whole widths only."""
+    return jax.__version_info__ >= (0, 11)
+
+
+def copy_in(
+    gmem: Ref,  # [rows, columns]
+    target: Matrix,
+    barrier: Ref,  # expects ``Form.strips`` arrivals
+) -> None:
+    """Starts copies from global to shared memory; from beyond the array's end they bring zeros."""
+    for strip, start, width in target.strips():
+        source = gmem.at[:, _columns(gmem, start, width)]
+        plgpu.copy_gmem_to_smem(source, strip.copied, barrier)
+
+
+def copy_out(strip: View, gmem: Ref, column: int) -> None:
+    """Starts the copy of a strip to an array [rows, columns], up to its end."""
+    width = strip.tiled.shape[-1]
+    plgpu.copy_smem_to_gmem(strip.copied, gmem.at[:, _columns(gmem, column, width)])
+
+
+def _columns(gmem: Ref, start: int, width: int) -> Any:
+    # An index that is not known is not refused for reaching beyond the end.
+    known = start + width <= gmem.shape[-1]
+    return pl.ds(start if known else opaque(start), width)
