@@ -74,7 +74,7 @@ class Staging(NamedTuple):
     def form(self) -> mosaic.Form:
         """Of all places."""
         first, *rest = self.whole.pieces
-        return mosaic.Form((first._replace(strips=self.places), *rest))
+        return self.whole._replace(pieces=(first._replace(strips=self.places), *rest))
 
     def groups(self) -> list[list[int]]:
         """For each time, the places that are filled with the strips that come next."""

@@ -261,11 +261,11 @@ def forward(
     c = config or Config.default(problem)
     q_blocks, kv_blocks = pl.cdiv(problem.T, c.block_q), pl.cdiv(problem.S, c.block_kv)
     found = block_map(problem, operands, c.block_q, c.block_kv) if needs_map(problem) else None
+    p, forms = tiles.in_kernel(problem), Forms.of(problem, c)
     x = tiles.prepare(problem, operands, q_blocks * c.block_q, kv_blocks * c.block_kv)
-    p = tiles.in_kernel(problem)
+    x = forms.arrays(x)
     schedule = Schedule(p.B, p.N, q_blocks, _heads_at_once(p))
     blocks = min(blocks or _multiprocessors(problem.device), schedule.tiles)
-    forms = Forms.of(p, c)
     leaves, tree = jax.tree.flatten((x, found))
 
     def forward_kernel(*refs: mosaic.Ref) -> None:
@@ -287,14 +287,17 @@ def forward(
     launch = mosaic.kernel(
         forward_kernel,
         out_type=[
-            jax.ShapeDtypeStruct((p.B, p.T, p.N, x.value.shape[-1]), p.dtype),
+            jax.ShapeDtypeStruct((p.B, p.T, p.N, mosaic.copied_columns(p.Hv)), p.dtype),
             jax.ShapeDtypeStruct((p.B, p.N, q_blocks * c.block_q), jnp.float32),
         ],
         scratch_types=forms.scratch(c, p.dtype),
         grid={"block": blocks},
         threads=("warpgroup", c.consumers + 1),
-        # No reduction crosses warps: a row is within one.
-        params=mosaic.compiler_params(reduction_scratch_bytes=0),
+        # No reduction crosses warps: a row is within one. And nothing needs the barriers of the
+        # warpgroup that Mosaic would put around copies and stores: what threads write to shared
+        # memory for others to read, `commit_smem` ends with one; a buffer is written again only
+        # after a wait for all threads that read it, at a barrier at which each arrives by itself.
+        params=mosaic.compiler_params(reduction_scratch_bytes=0, unsafe_no_auto_barriers=True),
     )
     out, lse = launch(*leaves)
     return out[..., : p.Hv], lse[:, :, : p.T].swapaxes(1, 2)

@@ -57,6 +57,11 @@ class Forms(NamedTuple):
             staging.form,
         )
 
+    def arrays(self, x: spec.Operands) -> spec.Operands:
+        """Operands whose queries, keys and values are as copies take them."""
+        q, k, v = self.q.array(x.query), self.k.array(x.key), self.v.array(x.value)
+        return x._replace(query=q, key=k, value=v)
+
     def scratch(self, c: Config, dtype: Any) -> list[Any]:
         """Shared memory and barriers, in the order of `Refs`."""
         return [
@@ -66,13 +71,13 @@ class Forms(NamedTuple):
             self.out.smem(c.consumers, dtype=dtype),
             mosaic.SMEM((c.q_stages,), jnp.int32),
             mosaic.SMEM((1,), jnp.int32),
-            mosaic.Barrier(num_barriers=c.q_stages, num_arrivals=c.consumers * self.q.strips + 1),
+            mosaic.Barrier(num_barriers=c.q_stages, num_arrivals=c.consumers * self.q.copies + 1),
             mosaic.Barrier(num_barriers=c.q_stages, num_arrivals=c.consumers),
-            mosaic.Barrier(num_barriers=c.stages, num_arrivals=self.k.strips),
+            mosaic.Barrier(num_barriers=c.stages, num_arrivals=self.k.copies),
             mosaic.Barrier(num_barriers=c.stages, num_arrivals=c.consumers),
-            mosaic.Barrier(num_barriers=c.stages, num_arrivals=self.v.strips),
+            mosaic.Barrier(num_barriers=c.stages, num_arrivals=self.v.copies),
             mosaic.Barrier(num_barriers=c.stages, num_arrivals=c.consumers),
-            mosaic.Barrier(num_arrivals=self.v.strips),
+            mosaic.Barrier(num_arrivals=self.v.copies),
         ]
 
     def refs(

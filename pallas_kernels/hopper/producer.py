@@ -37,7 +37,7 @@ def produce(k: Kernel) -> None:
     start = (jnp.int32(0), jnp.int32(0), block)
     rounds, steps, tile = lax.while_loop(lambda carry: carry[2] < k.schedule.tiles, load, start)
     stage = announce(k, rounds, tile)  # that there is none left
-    arrive(r.q_full.at[stage], c.consumers * k.forms.q.strips)
+    arrive(r.q_full.at[stage], c.consumers * k.forms.q.copies)
     drain(rounds + 1, c.q_stages, r.q_free)
     drain(steps, c.stages, r.k_free, r.v_free)
 
@@ -94,7 +94,7 @@ def produce_values(k: Kernel, work: Work, kv_block: Any, v_gmem: mosaic.Ref, sta
                 seen = hidden.others(row, values.shape)
                 mosaic.store(part, jnp.where(seen, values, jnp.zeros((), values.dtype)))
         mosaic.commit_smem()
-        arrive(r.v_full.at[stage], k.forms.v.strips)
+        arrive(r.v_full.at[stage], k.forms.v.copies)
 
 
 class Hidden(NamedTuple):

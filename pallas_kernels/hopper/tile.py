@@ -47,9 +47,6 @@ def prepare(problem: spec.Problem, x: spec.Operands, rows: int, keys: int) -> sp
 
     mask = None if x.mask is None else x.mask.astype(jnp.int8)
     return x._replace(
-        query=_copied(x.query),
-        key=_copied(x.key),
-        value=_copied(x.value),
         bias=cover(cover(x.bias, 2, rows), 3, keys),
         mask=cover(cover(mask, 2, rows), 3, keys),
         query_segment_ids=cover(x.query_segment_ids, 1, rows),
@@ -57,11 +54,6 @@ def prepare(problem: spec.Problem, x: spec.Operands, rows: int, keys: int) -> sp
         score_consts=tuple(map(_flat, x.score_consts)),
         mask_consts=tuple(map(_flat, x.mask_consts)),
     )
-
-
-def _copied(x: jax.Array) -> jax.Array:
-    """With as many columns as a copy needs."""
-    return jnp.pad(x, [(0, 0)] * 3 + [(0, mosaic.copied_columns(x.shape[-1]) - x.shape[-1])])
 
 
 def _flat(x: jax.Array) -> jax.Array:

@@ -21,13 +21,14 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu
 
 from pallas_kernels.mosaic import interpreter
-from pallas_kernels.mosaic.memory import Ref, tiled_smem
+from pallas_kernels.mosaic.memory import Ref, swapped, tiled_smem
 from pallas_kernels.mosaic.values import opaque
 
 # Its annotations and signatures differ between JAX versions: no type checker can agree with all.
 plgpu: Any = mosaic_gpu
 
 _WIDTHS = (64, 32, 16)  # of strips, whose elements have 16 bits
+_RANK = 2
 _ALIGNMENT = 8  # TMA wants rows of arrays at multiples of 16 bytes
 
 
@@ -68,6 +69,7 @@ class Form(NamedTuple):
     """How a matrix is held; the last strip may have columns to spare."""
 
     pieces: tuple[Piece, ...]
+    array_columns: int  # of the array that it is copied from or to
 
     @classmethod
     def of(cls, rows: int, columns: int) -> Form:
@@ -76,15 +78,16 @@ class Form(NamedTuple):
         for width in _WIDTHS:
             found += [Piece(rest // width, rows, width)] if rest >= width else []
             rest %= width
-        return cls((*found, Piece(1, rows, _WIDTHS[-1])) if rest else tuple(found))
+        found += [Piece(1, rows, _WIDTHS[-1])] if rest else []
+        return cls(tuple(found), columns)
 
     @classmethod
     def in_one_piece(cls, rows: int, columns: int) -> Form:
         """In strips of the same width, as a right operand must be."""
-        columns += -columns % _WIDTHS[-1]
+        held = columns + -columns % _WIDTHS[-1]
         # A product takes as many columns of its left operand at a time: they divide the rows.
-        width = math.gcd(columns, rows, _WIDTHS[0])
-        return cls((Piece(columns // width, rows, width),))
+        width = math.gcd(held, rows, _WIDTHS[0])
+        return cls((Piece(held // width, rows, width),), columns)
 
     @property
     def columns(self) -> int:
@@ -92,8 +95,24 @@ class Form(NamedTuple):
 
     @property
     def strips(self) -> int:
-        """How many copies it takes to copy a matrix."""
         return sum(piece.strips for piece in self.pieces)
+
+    @property
+    def copies(self) -> int:
+        """How many it takes to copy a matrix."""
+        return 1 if self._at_once else self.strips
+
+    @property
+    def _at_once(self) -> bool:
+        even = len(self.pieces) == 1 and self.columns == self.array_columns
+        return even and not interpreter.is_interpreting()
+
+    def array(self, x: jax.Array) -> jax.Array:
+        """An array [..., columns] as copies take it."""
+        if self._at_once:
+            return x.reshape(*x.shape[:-1], self.strips, self.pieces[0].width)
+        missing = copied_columns(self.array_columns) - self.array_columns
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
 
     def smem(self, *stack: int, dtype: jax.typing.DTypeLike) -> list[Any]:
         """What to allocate for a stack of matrices."""
@@ -139,11 +158,15 @@ def _copies_any_columns() -> bool:
 
 
 def copy_in(
-    gmem: Ref,  # [rows, columns]
+    gmem: Ref,  # [rows, columns], of what `Form.array` returns
     target: Matrix,
-    barrier: Ref,  # expects ``Form.strips`` arrivals
+    barrier: Ref,  # expects ``Form.copies`` arrivals
 ) -> None:
     """Starts copies from global to shared memory; from beyond the array's end they bring zeros."""
+    if len(gmem.shape) > _RANK:  # [rows, strips, width]
+        (view,) = target.views
+        plgpu.copy_gmem_to_smem(gmem, swapped(view.copied, (1, 0, 2)), barrier)
+        return
     for strip, start, width in target.strips():
         source = gmem.at[:, _columns(gmem, start, width)]
         plgpu.copy_gmem_to_smem(source, strip.copied, barrier)

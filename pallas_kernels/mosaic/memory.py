@@ -47,6 +47,13 @@ def tiled_smem(
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
+def swapped(ref: Ref, axes: tuple[int, ...]) -> Ref:
+    """A reference with its axes in another order, for compiled kernels."""
+    if hasattr(ref, "transpose"):
+        return ref.transpose(axes)
+    return plgpu.transpose_ref(ref, axes)  # JAX 0.10.2; deprecated in 0.12
+
+
 def tiling_of(ref: Ref) -> tuple[tuple[int, ...], int]:
     """The tile and the bytes of a swizzled row of a `tiled_smem` buffer, or of a part of one."""
     (tiling,) = (t.tiling for t in ref.transforms if hasattr(t, "tiling"))
