@@ -7,26 +7,39 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels import spec
+from pallas_kernels.common.walk import Walk
 from pallas_kernels.spec import Operands, Problem
 
 
 class BlockMap(NamedTuple):
     """Axes of batch and head have size 1 where they make no difference."""
 
-    tiles: Any  # [B|1, N|1, q_blocks, kv_blocks] int32: visits, those that need a mask first
+    # [B|1, N|1, q_blocks, kv_blocks] int32: the tiles of keys in the order of visits, those that
+    # need a mask first; each is twice its index, plus one if it has keys that no row sees.
+    visits: Any
     masked: Any  # [B|1, N|1, q_blocks] int32: how many need a mask
     count: Any  # [B|1, N|1, q_blocks] int32: how many there are
     seen: Any  # [B|1, N|1, kv_blocks * block_kv] int8: keys that some row may see
-    hiding: Any  # [B|1, N|1, kv_blocks] int32: whether a tile has keys that no row sees
+
+    def walk(self, at: tuple[Any, ...]) -> Walk:
+        """The visits of one tile of queries; inside a kernel."""
+        count, masked = self.count[at], self.masked[at]
+        return Walk(
+            jnp.maximum(count, 1),
+            jnp.where(count > 0, masked, 1),
+            lambda visit: lax.shift_right_logical(self.visits[*at, visit], 1),
+            lambda visit: self.visits[*at, visit] & 1 > 0,
+        )
 
 
 def needs_map(problem: Problem) -> bool:
     """Whether lengths and the band do not tell everything."""
     x = problem.operands
-    arrays = (x.mask, x.query_segment_ids)
-    return problem.mask_mod is not None or any(a is not None for a in arrays)
+    found = (x.mask, x.query_segment_ids, problem.mask_mod)
+    return any(y is not None for y in found)
 
 
 def block_map(problem: Problem, x: Operands, block_q: int, block_kv: int) -> BlockMap:
@@ -41,22 +54,17 @@ def block_map(problem: Problem, x: Operands, block_q: int, block_kv: int) -> Blo
         partial, _rank(partial), jnp.where(some, masked[..., None] + _rank(some & every), -1)
     )
     here = place[..., None, :] == blocks[:, None]  # [B|1, N|1, q_blocks, visit, tile]
-    tiles = jnp.sum(jnp.where(here, blocks, 0), axis=-1, dtype=jnp.int32)
     hiding = ~jnp.all(_blocks(seen, -1, block_kv, True), axis=-1)
-    return BlockMap(
-        tiles,
-        masked,
-        count,
-        _cover(seen, -1, block_kv, False).astype(jnp.int8),
-        hiding.astype(jnp.int32),
-    )
+    entry = (2 * blocks + hiding)[..., None, None, :]
+    visits = jnp.sum(jnp.where(here, entry, 0), axis=-1, dtype=jnp.int32)
+    return BlockMap(visits, masked, count, _cover(seen, -1, block_kv, False).astype(jnp.int8))
 
 
 def _by_elements(problem: Problem, x: Operands, block_q: int, block_kv: int) -> Any:
     """Looks at every element, fused into the reductions over tiles."""
-    one = _representative(problem, x)
     tile = spec.tile_of(problem, x, (0, problem.T), (0, problem.S))
-    tile = tile._replace(batch=tile.batch[: one.B], head=tile.head[:, : one.N])
+    batch, head = _alike(problem)
+    tile = tile._replace(batch=tile.batch[:batch], head=tile.head[:, :head])
     allowed = spec.mask.allowed(problem, tile)
     allowed = jnp.broadcast_to(allowed, (*allowed.shape[:2], problem.T, problem.S))
     by_key = jnp.any(allowed, axis=2)
@@ -68,18 +76,13 @@ def _by_elements(problem: Problem, x: Operands, block_q: int, block_kv: int) -> 
     return jnp.any(tiles(False), axis=(3, 5)), jnp.all(tiles(True), axis=(3, 5)), by_key
 
 
-class _Sizes(NamedTuple):
-    B: int
-    N: int
-
-
-def _representative(problem: Problem, x: Operands) -> _Sizes:
-    """How many batch elements and heads differ in what a mask function is given."""
+def _alike(problem: Problem) -> tuple[int, int]:
+    """How many batch elements and heads a mask function can tell apart."""
     if problem.mask_mod is None:
-        return _Sizes(1, 1)
+        return 1, 1
     *_, b, h, _, _ = problem.mask_mod.program.jaxpr.invars
     used = {v for e in problem.mask_mod.program.jaxpr.eqns for v in e.invars if not _literal(v)}
-    return _Sizes(problem.B if b in used else 1, problem.N if h in used else 1)
+    return problem.B if b in used else 1, problem.N if h in used else 1
 
 
 def _literal(atom: Any) -> bool:
@@ -92,27 +95,21 @@ def _by_ranges(problem: Problem, x: Operands, block_q: int, block_kv: int) -> An
     Segments between them count as there: right for documents in ascending order.
     """
     offset = problem.query_offset if x.query_offset is None else _outer(x.query_offset)
-    rows = problem.T if x.query_lengths is None else _outer(x.query_lengths).clip(0, problem.T)
-    keys: Any = problem.S
-    if x.key_value_lengths is not None:
-        keys = _outer(x.key_value_lengths).clip(0, problem.S)
+    rows = spec.extent(_outer(x.query_lengths), problem.T)
+    keys = spec.extent(_outer(x.key_value_lengths), problem.S)
     band = problem.band.shift(offset)
     q0 = jnp.arange(0, problem.T, block_q, dtype=jnp.int32)[:, None]
     k0 = jnp.arange(0, problem.S, block_kv, dtype=jnp.int32)
     q1 = jnp.maximum(jnp.minimum(q0 + block_q, rows), q0 + 1)
-    reach, common = band.any_keys(q0, q1, keys), band.all_keys(q0, q1, keys)
-    some = (jnp.maximum(reach[0], k0) < jnp.minimum(reach[1], k0 + block_kv)) & (q0 < rows)
-    every = (common[0] <= k0) & (k0 + block_kv <= common[1])
-    q_low, q_high = _extremes(x.query_segment_ids, block_q)
-    k_low, k_high = _extremes(x.key_value_segment_ids, block_kv)
-    q_low, q_high = q_low[:, None, :, None], q_high[:, None, :, None]
-    k_low, k_high = k_low[:, None, None, :], k_high[:, None, None, :]
-    some = some & (q_low <= k_high) & (k_low <= q_high)
+    some, every = spec.coverage(band, (q0, q1), (k0, k0 + block_kv), keys)
+    q_low, q_high = (y[:, None, :, None] for y in _extremes(x.query_segment_ids, block_q))
+    k_low, k_high = (y[:, None, None, :] for y in _extremes(x.key_value_segment_ids, block_kv))
+    some = some & (q0 < rows) & (q_low <= k_high) & (k_low <= q_high)
     every = some & every & (q_low == q_high) & (k_low == k_high)
     ids = x.key_value_segment_ids[:, None, None, :]
     key = jnp.arange(problem.S, dtype=jnp.int32)
-    near = (reach[0] <= key) & (key < reach[1]) & (q0 < rows)
-    seen = jnp.any(near & (q_low <= ids) & (ids <= q_high), axis=2)
+    near, _ = spec.coverage(band, (q0, q1), (key, key + 1), keys)
+    seen = jnp.any(near & (q0 < rows) & (q_low <= ids) & (ids <= q_high), axis=2)
     return some, every, seen
 
 
@@ -128,8 +125,8 @@ def _rank(which: jax.Array) -> jax.Array:
     return jnp.cumsum(which, axis=-1, dtype=jnp.int32) - 1
 
 
-def _outer(x: jax.Array) -> jax.Array:
-    return x[:, None, None, None]
+def _outer(x: Any) -> Any:
+    return None if x is None else x[:, None, None, None]
 
 
 def _cover(x: jax.Array, axis: int, block: int, fill: Any) -> jax.Array:

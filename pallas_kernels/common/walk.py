@@ -20,6 +20,8 @@ class Walk(NamedTuple):
     count: Any
     masked: Any
     tile: Callable[[Any], Any]  # from a visit's number to the index of a tile of keys
+    # Whether that tile has keys that no row of any tile sees, where the band does not tell.
+    hides: Callable[[Any], Any] | None = None
 
 
 def of_band(band: Band, rows: tuple[Any, Any], keys: Any, block_kv: int) -> Walk:

@@ -58,11 +58,12 @@ class Carry(NamedTuple):
 
     stats: Stats
     p: jax.Array  # [64, block_kv], yet to be multiplied with its values
-    o: jax.Array  # [64, Hv] float32, not normalised
+    o: tuple[jax.Array, ...]  # pieces of [64, Hv] float32, not normalised
 
     @classmethod
     def first(cls, k: Kernel, stats: Stats, p: jax.Array) -> "Carry":
-        o = mosaic.full((ROWS, k.forms.v.columns), 0, jnp.float32)
+        pieces = k.forms.v.pieces
+        o = tuple(mosaic.full((ROWS, piece.columns), 0, jnp.float32) for piece in pieces)
         return cls(stats, p.astype(k.problem.dtype), o)
 
 
@@ -128,9 +129,9 @@ def visit_rest(c: Consumer, work: Work, round_: Any, step: Any, carry: Carry) ->
             # The barrier keeps ptxas from taking P for the product that is still running.
             stats, decay, p = lax.optimization_barrier(visit.softmax(carry.stats, s))
             wait_early(k, j + 1 < walk.count, step + j + 1)
-            o = mosaic.settle(o)
+            o = settled(o)
             mosaic.barrier_arrive(r.v_free.at[before])
-            o = o * mosaic.spread_rows(decay, o.shape)
+            o = tuple(x * mosaic.spread_rows(decay, x.shape) for x in o)
             return Carry(stats, p.astype(k.problem.dtype), o)
 
         return one
@@ -161,7 +162,7 @@ def turn_overlapped(
     stats, _, p = c.visit(following, 0, k.masks).softmax(Stats.start(), s)
     stats, p = lax.optimization_barrier((stats, p))
     wait_early(k, exists & (k.walk(following).count > 1), step + 1)
-    o = mosaic.settle(o)
+    o = settled(o)
     p = lax.optimization_barrier(p.astype(k.problem.dtype))  # frees registers
     mosaic.barrier_arrive(r.v_free.at[before])
     store(c, work, o, factor)
@@ -173,9 +174,9 @@ def turn_apart(c: Consumer, work: Work, round_: Any, step: Any, carry: Carry) ->
     k, r = c.k, c.k.refs
     before = lax.rem(step - 1, k.config.stages)
     mosaic.barrier_wait(r.v_full.at[before])
-    o = mosaic.start(carry.p, r.v_smem.at(before), carry.o)
+    o = mosaic.start_columns(carry.p, r.v_smem.at(before), carry.o)
     factor = finish(c, work, carry.stats)
-    o = mosaic.settle(o)
+    o = settled(o)
     mosaic.barrier_arrive(r.v_free.at[before])
     store(c, work, o, factor)
     tile, following = next_tile(k, round_)
@@ -184,11 +185,15 @@ def turn_apart(c: Consumer, work: Work, round_: Any, step: Any, carry: Carry) ->
 
 def start_products(
     c: Consumer, q_stage: Any, stage: Any, carry: Carry, before: Any
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Starts S = Q K^T and O += P V; returns S, and O, which still runs."""
     s = start_scores(c, q_stage, stage)
-    o = mosaic.start(carry.p, c.k.refs.v_smem.at(before), carry.o)
-    return mosaic.settle(s, in_flight=1), o
+    o = mosaic.start_columns(carry.p, c.k.refs.v_smem.at(before), carry.o)
+    return mosaic.settle(s, in_flight=len(o)), o
+
+
+def settled(o: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    return tuple(mosaic.settle(x) for x in o)
 
 
 def start_scores(c: Consumer, q_stage: Any, stage: Any) -> jax.Array:
@@ -216,7 +221,7 @@ def finish(c: Consumer, work: Work, stats: Stats) -> jax.Array:
     return factor
 
 
-def store(c: Consumer, work: Work, o: jax.Array, factor: jax.Array) -> None:
+def store(c: Consumer, work: Work, o: tuple[jax.Array, ...], factor: jax.Array) -> None:
     """Stores a tile's rows of O, normalised."""
     k = c.k
     out_gmem = k.refs.out_gmem.at[work.batch, pl.ds(c.row0(work), ROWS), work.head]
@@ -224,20 +229,28 @@ def store(c: Consumer, work: Work, o: jax.Array, factor: jax.Array) -> None:
     column = 0
     for group in k.staging.groups():
         mosaic.wait_smem_to_gmem(0, wait_read_only=True)
-        strips = []
+        starts = []
         for place in group:
-            strip = places[place]
-            width = strip.tiled.shape[-1]
+            width = places[place].tiled.shape[-1]
             spread = mosaic.spread_rows(factor, (ROWS, width))
-            part = o[:, column : column + width] * spread
+            part = columns(o, column, width) * spread
             if k.empties_rows:  # 0 NaN is NaN
                 part = jnp.where(spread > 0, part, 0.0)
-            mosaic.store(strip.tiled, part.astype(k.problem.dtype))
-            strips.append((strip, column))
+            mosaic.store(places[place].tiled, part.astype(k.problem.dtype))
+            starts.append(column)
             column += width
         mosaic.commit_smem()
-        for strip, start in strips:
-            mosaic.copy_out(strip, out_gmem, start)
+        for place, start in zip(group, starts, strict=True):
+            mosaic.copy_out(places[place], out_gmem, start)
+
+
+def columns(pieces: tuple[jax.Array, ...], start: int, width: int) -> jax.Array:
+    """Some columns of a matrix in pieces, all within one."""
+    for piece in pieces:
+        if start < piece.shape[1]:
+            return piece[:, start : start + width]
+        start -= piece.shape[1]
+    raise AssertionError("there are no such columns")
 
 
 # ---------------------------------------------------------------------------- host
@@ -269,9 +282,8 @@ def forward(
     leaves, tree = jax.tree.flatten((x, found))
 
     def forward_kernel(*refs: mosaic.Ref) -> None:
-        inputs = jax.tree.unflatten(tree, refs[: len(leaves)])
-        outputs, scratch = refs[len(leaves) :][:2], refs[len(leaves) :][2:]
-        k = Kernel(p, c, schedule, blocks, forms, forms.refs(*inputs, outputs, scratch))
+        x, found = jax.tree.unflatten(tree, refs[: len(leaves)])
+        k = Kernel(p, c, schedule, blocks, forms, forms.refs(x, found, *refs[len(leaves) :]))
         of_consumer, of_producer = REGISTERS[c.consumers][k.hides_keys]
 
         @pl.when(lax.axis_index("warpgroup") < c.consumers)

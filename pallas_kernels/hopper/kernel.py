@@ -37,7 +37,6 @@ class Refs(NamedTuple):
     v_raw: mosaic.Ref  # V has arrived, with rows in it that are to be zeroed
 
 
-
 class Forms(NamedTuple):
     """How matrices are held in shared memory."""
 
@@ -80,12 +79,11 @@ class Forms(NamedTuple):
             mosaic.Barrier(num_arrivals=self.v.copies),
         ]
 
-    def refs(
-        self, x: spec.Operands, found: BlockMap | None, outputs: Any, scratch: Any
-    ) -> Refs:
-        """From what a kernel is given."""
-        matrices = [mosaic.Matrix.of(y) for y in scratch[: len(self)]]
-        return Refs(x, found, *outputs, *matrices, *scratch[len(matrices) :])
+    def refs(self, x: spec.Operands, found: BlockMap | None, *rest: Any) -> Refs:
+        """From what a kernel is given; ``rest`` are outputs and scratch."""
+        out_gmem, lse_gmem, q, k, v, out, *others = rest
+        matrices = map(mosaic.Matrix.of, (q, k, v, out))
+        return Refs(x, found, out_gmem, lse_gmem, *matrices, *others)
 
 
 class Kernel(NamedTuple):
@@ -102,10 +100,7 @@ class Kernel(NamedTuple):
         """The tiles of keys that a tile of queries visits."""
         c, p, x, found = self.config, self.problem, self.refs.x, self.refs.map
         if found is not None:
-            at = (*tiles.heads_of(found.count, work), work.q_block)
-            count = found.count[at]
-            masked = jnp.where(count > 0, found.masked[at], 1)
-            return Walk(jnp.maximum(count, 1), masked, lambda visit: found.tiles[*at, visit])
+            return found.walk((*tiles.heads_of(found.count, work), work.q_block))
         first = work.q_block * c.block_q
         rows = tiles.row_count(p, x, work.batch)
         keys = tiles.key_count(p, x, work.batch)

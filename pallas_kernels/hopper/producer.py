@@ -9,6 +9,7 @@ from jax import lax
 
 from pallas_kernels import mosaic
 from pallas_kernels.common.schedule import Work
+from pallas_kernels.common.walk import Walk
 from pallas_kernels.hopper import tile as tiles
 from pallas_kernels.hopper.config import ROWS
 from pallas_kernels.hopper.kernel import Kernel
@@ -60,24 +61,25 @@ def produce_keys(k: Kernel, work: Work, step: Any) -> Any:
     def visit(j: Any, _: None) -> None:
         stage, kv_block = lax.rem(step + j, c.stages), walk.tile(j)
         keys = pl.ds(kv_block * c.block_kv, c.block_kv)
+        # Before the waits: what it loads comes while they last.
+        hidden = Hidden.of(k, work, walk, j) if k.hides_keys else None
         again = step + j >= c.stages
         pl.when(again)(lambda: mosaic.barrier_wait(r.k_free.at[stage]))
         k_gmem, v_gmem = (x.at[work.batch, keys, head] for x in (r.x.key, r.x.value))
         mosaic.copy_in(k_gmem, r.k_smem.at(stage), r.k_full.at[stage])
         pl.when(again)(lambda: mosaic.barrier_wait(r.v_free.at[stage]))
-        produce_values(k, work, kv_block, v_gmem, stage)
+        produce_values(k, hidden, v_gmem, stage)
 
     lax.fori_loop(0, walk.count, visit, None)
     return walk.count
 
 
-def produce_values(k: Kernel, work: Work, kv_block: Any, v_gmem: mosaic.Ref, stage: Any) -> None:
+def produce_values(k: Kernel, hidden: "Hidden | None", v_gmem: mosaic.Ref, stage: Any) -> None:
     """Copies a tile of V, and zeroes the rows of keys that nobody sees."""
     r, v_smem = k.refs, k.refs.v_smem.at(stage)
-    if not k.hides_keys:
+    if hidden is None:
         mosaic.copy_in(v_gmem, v_smem, r.v_full.at[stage])
         return
-    hidden = Hidden.of(k, work, kv_block)
 
     @pl.when(~hidden.some)
     def _() -> None:
@@ -107,18 +109,18 @@ class Hidden(NamedTuple):
     flags: Any  # [keys] int8, zero where hidden; or None
 
     @classmethod
-    def of(cls, k: Kernel, work: Work, kv_block: Any) -> "Hidden":
+    def of(cls, k: Kernel, work: Work, walk: Walk, visit: Any) -> "Hidden":
         p, x, found = k.problem, k.refs.x, k.refs.map
-        key0, block_kv = kv_block * k.config.block_kv, k.config.block_kv
+        key0, block_kv = walk.tile(visit) * k.config.block_kv, k.config.block_kv
         rows = tiles.row_count(p, x, work.batch)
         keys = tiles.key_count(p, x, work.batch)
         start, stop = tiles.band_of(p, x, work.batch).any_keys(0, rows, keys)
         beyond = jnp.where(stop == p.S, p.S + block_kv, stop)  # TMA has zeroed what lies beyond S
         some = (key0 < start) | (key0 + block_kv > beyond)
-        if found is None:
+        if found is None or walk.hides is None:
             return cls(some, key0, start, stop, None)
-        some |= found.hiding[*tiles.heads_of(found.hiding, work), kv_block] > 0
-        return cls(some, key0, start, stop, found.seen.at[*tiles.heads_of(found.seen, work)])
+        flags = found.seen.at[*tiles.heads_of(found.seen, work)]
+        return cls(some | walk.hides(visit), key0, start, stop, flags)
 
     def others(self, row: int, shape: tuple[int, ...]) -> jax.Array:
         """Which elements of a part of V belong to keys that somebody sees."""

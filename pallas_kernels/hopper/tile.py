@@ -102,17 +102,15 @@ def tile_of(
 
 
 def key_count(problem: spec.Problem, x: spec.Operands, batch: Any) -> Any:
-    """How many keys there are: S, or fewer where a length says so."""
-    if x.key_value_lengths is None:
-        return problem.S
-    return jnp.clip(x.key_value_lengths[batch], 0, problem.S)
+    """How many keys a batch element has."""
+    lengths = x.key_value_lengths
+    return spec.extent(None if lengths is None else lengths[batch], problem.S)
 
 
 def row_count(problem: spec.Problem, x: spec.Operands, batch: Any) -> Any:
-    """How many rows there are, likewise."""
-    if x.query_lengths is None:
-        return problem.T
-    return jnp.clip(x.query_lengths[batch], 0, problem.T)
+    """How many rows it has."""
+    lengths = x.query_lengths
+    return spec.extent(None if lengths is None else lengths[batch], problem.T)
 
 
 def band_of(problem: spec.Problem, x: spec.Operands, batch: Any) -> spec.Band:

@@ -28,7 +28,7 @@ from pallas_kernels.mosaic.atomic import counter, take_number
 from pallas_kernels.mosaic.evaluate import evaluate, refusal
 from pallas_kernels.mosaic.interpreter import RaceError, interpreting, is_interpreting
 from pallas_kernels.mosaic.launch import compiler_params, kernel
-from pallas_kernels.mosaic.matmul import matmul, settle, start
+from pallas_kernels.mosaic.matmul import matmul, settle, start, start_columns
 from pallas_kernels.mosaic.matrix import Form, Matrix, View, copied_columns, copy_in, copy_out
 from pallas_kernels.mosaic.memory import Ref, layout_cast, load, store, tiled_smem
 from pallas_kernels.mosaic.values import (
@@ -83,6 +83,7 @@ __all__ = [
     "spread_columns",
     "spread_rows",
     "start",
+    "start_columns",
     "store",
     "take_number",
     "tiled_smem",

@@ -1,11 +1,12 @@
 """Matrix products of tiles: wgmma when compiled, ``jnp.dot`` when interpreted.
 
-A product that has been started runs while the kernel goes on. What `start` returns is not there yet:
-nothing may be done with it but start another product that adds to it, or `settle` it.
+A product that has been started runs while the kernel goes on. What `start` returns is not there
+yet: nothing may be done with it but start another product that adds to it, or `settle` it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -51,22 +52,31 @@ def start(
     """Starts ``acc + a @ b``, which will be [M, N] float32.
 
     Left operands are in shared memory or in registers, right operands in shared memory. A `Matrix`
-    of several pieces can be a right operand only with transpose_b, with a left one alike.
+    is multiplied with one alike, its columns being those that are summed over.
     """
     if not isinstance(b, Matrix):
         return _start(a, b, acc, transpose_a, transpose_b)
-    lefts = [view.tiled for view in a.views] if isinstance(a, Matrix) else [a]
-    for left, right in zip(lefts, b.views, strict=True):
-        acc = _start(left, right.tiled, acc, transpose_a, transpose_b)
+    assert isinstance(a, Matrix)
+    assert transpose_b
+    assert not transpose_a
+    for left, right in zip(a.views, b.views, strict=True):
+        acc = _start(left.tiled, right.tiled, acc, transpose_a, transpose_b)
     assert acc is not None
     return acc
 
 
-def settle(value: jax.Array, *, in_flight: int = 0) -> jax.Array:
-    """What `start` returned, once at most so many of the products started last still run.
+def start_columns(
+    a: jax.Array,  # [M, K]
+    b: Matrix,  # [K, N]
+    accs: Sequence[jax.Array],  # for each piece of b: [M, columns] float32
+) -> tuple[jax.Array, ...]:
+    """Starts ``acc + a @ piece`` for each piece of b: a product each."""
+    pairs = zip(b.views, accs, strict=True)
+    return tuple(_start(a, view.tiled, acc, False, False) for view, acc in pairs)
 
-    Each piece of a `Matrix` counts as a product.
-    """
+
+def settle(value: jax.Array, *, in_flight: int = 0) -> jax.Array:
+    """What `start` returned, once at most so many of the products started last still run."""
     if interpreter.is_interpreting():
         return value
 

@@ -83,11 +83,15 @@ class Form(NamedTuple):
 
     @classmethod
     def in_one_piece(cls, rows: int, columns: int) -> Form:
-        """In strips of the same width, as a right operand must be."""
-        held = columns + -columns % _WIDTHS[-1]
+        """In strips of the same width, if they come out even.
+
+        A product with such a right operand gives all columns at once, which is faster.
+        """
+        if columns % _WIDTHS[-1]:
+            return cls.of(rows, columns)
         # A product takes as many columns of its left operand at a time: they divide the rows.
-        width = math.gcd(held, rows, _WIDTHS[0])
-        return cls((Piece(held // width, rows, width),), columns)
+        width = math.gcd(columns, rows, _WIDTHS[0])
+        return cls((Piece(columns // width, rows, width),), columns)
 
     @property
     def columns(self) -> int:

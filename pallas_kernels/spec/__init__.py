@@ -2,8 +2,8 @@
 
 from pallas_kernels.spec import dropout, mask, score, softmax
 from pallas_kernels.spec.band import Band
-from pallas_kernels.spec.blocks import Tiles, visible_tiles
-from pallas_kernels.spec.problem import Device, ElementFunction, Operands, Problem
+from pallas_kernels.spec.blocks import Tiles, coverage, visible_tiles
+from pallas_kernels.spec.problem import Device, ElementFunction, Operands, Problem, extent
 from pallas_kernels.spec.tile import ScoreParameters, Tile, tile_of, window_of
 
 __all__ = [
@@ -15,7 +15,9 @@ __all__ = [
     "ScoreParameters",
     "Tile",
     "Tiles",
+    "coverage",
     "dropout",
+    "extent",
     "mask",
     "score",
     "softmax",

@@ -1,6 +1,6 @@
 """Which tiles of the logits matter, from what is known before the arrays are."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,17 @@ class Tiles(NamedTuple):
         return Tiles(self.q[which], self.kv[which])
 
 
+def coverage(band: Band, rows: tuple[Any, Any], keys: tuple[Any, Any], size: Any) -> Any:
+    """Whether some row of ``[start, stop)`` sees some key of a tile, and whether all see all of it.
+
+    The tile may reach past the last of ``size`` keys, and is then not seen by all. ``band`` is over
+    rows. Broadcasts; all may be traced.
+    """
+    some, every = band.any_keys(*rows, size), band.all_keys(*rows, size)
+    visible = (some[0] < some[1]) & (some[0] < keys[1]) & (keys[0] < some[1])
+    return visible, visible & (every[0] <= keys[0]) & (keys[1] <= every[1])
+
+
 def visible_tiles(
     band: Band, rows: int, keys: int, block_q: int, block_kv: int
 ) -> tuple[Tiles, Tiles]:
@@ -27,11 +38,9 @@ def visible_tiles(
     """
     q0 = np.arange(0, rows, block_q, dtype=np.int64)[:, None]
     k0 = np.arange(0, keys, block_kv, dtype=np.int64)[None, :]
-    q1, k1 = q0 + block_q, k0 + block_kv
-    some = band.any_keys(q0, np.minimum(q1, rows), keys)
-    every = band.all_keys(q0, q1, keys)
-    visible = np.maximum(some[0], k0) < np.minimum(some[1], k1)
-    full = visible & (every[0] <= k0) & (k1 <= every[1]) & (q1 <= rows)
+    q1 = q0 + block_q
+    visible, full = coverage(band, (q0, np.minimum(q1, rows)), (k0, k0 + block_kv), keys)
+    full = full & (q1 <= rows)
     return _listed(visible & ~full), _listed(full)
 
 

@@ -19,6 +19,11 @@ class Device(NamedTuple):
     kind: str  # as JAX names it, for example "NVIDIA H100 80GB HBM3"
 
 
+def extent(lengths: Any, size: int) -> Any:
+    """How many of ``size`` rows or keys there are: all, or as many as lengths say."""
+    return size if lengths is None else jnp.clip(lengths, 0, size)
+
+
 class Operands(NamedTuple):
     """The arrays of one call in canonical shape (batch flattened); absent ones are None.
 
