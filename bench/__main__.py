@@ -14,6 +14,8 @@ TABLES: dict[str, tuple[str, str]] = {
         "the main job in two minutes: parity, time, memory, a model that learns",
     ),
     "speed": ("bench.speed", "forward time of every implementation at the seed document's shapes"),
+    "forward": ("bench.forward", "the forward by shape and option, against the best peer of each"),
+    "tune": ("bench.tune", "measure configurations of the Hopper forward for the library's table"),
     "long": ("bench.long", "time at long sequences, causal and full, forward and with gradients"),
     "memory": ("bench.memory", "temporary memory of the compiled programs, T 512 to 32768"),
     "aot": ("bench.aot", "programs compiled for GPUs that are not here: registers, spills, memory"),

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import jaxflash
 from bench.shapes import Shape
 
-Attention = Callable[..., jax.Array]  # (query, key, value, *, is_causal)
+Attention = Callable[..., jax.Array]  # (query, key, value, *, is_causal, further options)
 
 # Defines the meaning, as this package's own reference does; no row of a table of times.
 _NOT_OFFERED = ("reference",)
 _ANY_SHAPE = Shape(1, 128, 128, 1, 1, 64)
 _HALF = ("bfloat16", "float16")
-_FA3_HEAD_DIM = 128  # the only one in flash-attn3-jax's published wheels
+FA3_HEAD_DIM = 128  # the only one in flash-attn3-jax's published wheels
 
 
 def _accepts_all(shape: Shape, device: jax.Device) -> str | None:
@@ -93,6 +93,12 @@ def ours() -> list[Implementation]:
     ]
 
 
+def best_of_ours() -> Implementation:
+    """This library with the backend that it chooses by itself."""
+    summary = "jaxflash.dot_product_attention"
+    return Implementation("jaxflash", summary, jaxflash.dot_product_attention)
+
+
 def tokamax() -> Implementation:
     """Mosaic GPU kernels of tokamax, when that package is installed."""
     module, reason = _peer("tokamax")
@@ -136,24 +142,31 @@ def _flash_attn3_refusal(shape: Shape, device: jax.Device) -> str | None:
     capability = getattr(device, "compute_capability", None)
     if device.platform == "gpu" and capability != "9.0":
         return f"flash-attn3-jax is built for compute capability 9.0; this device is {capability}"
-    if shape.head_dim > _FA3_HEAD_DIM:
-        return f"flash-attn3-jax is built for head dim {_FA3_HEAD_DIM}; got {shape.head_dim}"
+    if shape.head_dim > FA3_HEAD_DIM:
+        return f"flash-attn3-jax is built for head dim {FA3_HEAD_DIM}; got {shape.head_dim}"
     return _needs_nvidia(shape, device, name="flash-attn3-jax")
 
 
 def _flash_attn3_note(shape: Shape) -> str | None:
-    if shape.head_dim == _FA3_HEAD_DIM:
+    if shape.head_dim == FA3_HEAD_DIM:
         return None
-    return f"head dim {shape.head_dim} padded to {_FA3_HEAD_DIM}, the only one it is built for"
+    return f"head dim {shape.head_dim} padded to {FA3_HEAD_DIM}, the only one it is built for"
 
 
 def _call_flash_attn3(
-    flash_mha: Attention, query: jax.Array, key: jax.Array, value: jax.Array, *, is_causal: bool
+    flash_mha: Attention,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    is_causal: bool,
+    local_window_size: tuple[int, int] | None = None,
 ) -> jax.Array:
     head_dim = query.shape[-1]
-    width = [(0, 0)] * 3 + [(0, _FA3_HEAD_DIM - head_dim)]
+    width = [(0, 0)] * 3 + [(0, FA3_HEAD_DIM - head_dim)]
     query, key, value = (jnp.pad(x, width) for x in (query, key, value))
-    out = flash_mha(query, key, value, softmax_scale=head_dim**-0.5, is_causal=is_causal)
+    window = {} if local_window_size is None else {"window_size": local_window_size}
+    out = flash_mha(query, key, value, softmax_scale=head_dim**-0.5, is_causal=is_causal, **window)
     return out[..., :head_dim]
 
 

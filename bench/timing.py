@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
+from concurrent import futures
 from typing import Any, NamedTuple
 
 import jax
@@ -64,6 +65,19 @@ class Timing:
 def compile_program(function: Callable[..., Any], args: tuple[Any, ...]) -> Program:
     """Compiles once; the result serves the memory analysis, the parity check and the timing."""
     return Program(jax.jit(function).lower(*args).compile(), args)
+
+
+class Compiler:
+    """Compiles in other threads while this one goes on to lower the next function."""
+
+    def __init__(self) -> None:
+        self._threads = futures.ThreadPoolExecutor(max(1, results.usable_cores() - 2))
+
+    def submit(
+        self, function: Callable[..., Any], *args: Any
+    ) -> futures.Future[jax.stages.Compiled]:
+        """Lowers here, for lowering keeps to one thread; arguments may be without contents."""
+        return self._threads.submit(jax.jit(function).lower(*args).compile)
 
 
 def wall_clock(method: str = WALL) -> Clock:

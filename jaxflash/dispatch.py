@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxflash import reference, xla
+from jaxflash import reference, tuning, xla
 from jaxflash.folding import folding
 from pallas_kernels import hopper, spec
 
@@ -28,7 +28,7 @@ class Backend(NamedTuple):
 
 # In the order in which they are tried.
 BACKENDS = (
-    Backend("hopper", hopper.supports, folding(hopper.forward), xla.backward),
+    Backend("hopper", hopper.supports, folding(tuning.hopper_forward), xla.backward),
     Backend("xla", xla.supports, xla.forward, xla.backward),
     Backend("reference", reference.supports, reference.forward, None),
 )

@@ -1,0 +1,133 @@
+"""Attention problems with options: what a call takes, and how its answer is checked."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bench.parity import tile_error
+from bench.shapes import Shape
+from jaxflash import reference
+from jaxflash.arguments import canonicalize
+from pallas_kernels.spec import Band
+
+_ROWS = 128  # of a check, at either end of the sequence
+_DOCUMENTS = (512, 4096)  # shortest and longest, in tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A shape with a window or one of `OPTIONS`."""
+
+    shape: Shape
+    window: tuple[int, int] | None = None
+    option: str = ""
+
+    @property
+    def label(self) -> str:
+        """As `B4 T4096 N16/16 H128 causal, soft cap`."""
+        parts = [self.shape.label.removesuffix(f" {self.shape.dtype}")]
+        if self.window is not None:
+            parts.append(f"window {self.window[0]}")
+        if self.option:
+            parts.append(self.option)
+        return ", ".join(parts)
+
+    @property
+    def visible_pairs(self) -> int:
+        """Of one head of one batch element."""
+        s = self.shape
+        if self.option == "documents":
+            return sum(Band.of(s.is_causal, None).area(n, n) for n in document_lengths(s))
+        return Band.of(s.is_causal, self.window).area(s.query_length, s.key_length)
+
+    @property
+    def flops(self) -> float:
+        """4 * B * N * H for each visible pair."""
+        s = self.shape
+        return 4.0 * s.batch * s.query_heads * s.head_dim * self.visible_pairs
+
+    def options(self) -> dict[str, Any]:
+        """Keywords of the call that are no arrays."""
+        options: dict[str, Any] = {"is_causal": self.shape.is_causal}
+        if self.window is not None:
+            options["local_window_size"] = self.window
+        if self.option == "soft cap":
+            options["logits_soft_cap"] = 20.0
+        if self.option == "dropout":
+            options["dropout_rate"] = 0.1
+        return options
+
+    def arrays(self) -> dict[str, jax.Array]:
+        """Further arrays of the call."""
+        s, key = self.shape, jax.random.key(7)
+        matrix = (1, s.query_heads, s.query_length, s.key_length)
+        match self.option:
+            case "bias":
+                found = {"bias": jax.random.normal(key, matrix, s.dtype)}
+            case "mask":
+                found = {"mask": jax.random.bernoulli(key, 0.9, (1, 1, *matrix[2:]))}
+            case "ALiBi":
+                slopes = 2.0 ** -jnp.arange(1, s.query_heads + 1, dtype=jnp.float32)
+                found = {"alibi_slopes": slopes}
+            case "sinks":
+                found = {"sinks": jax.random.normal(key, (s.query_heads,))}
+            case "dropout":
+                found = {"dropout_key": key}
+            case "documents":
+                lengths = document_lengths(s)
+                ids = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+                ids = np.broadcast_to(ids, (s.batch, s.query_length))
+                names = ("query_segment_ids", "key_value_segment_ids")
+                found = {name: jnp.asarray(ids) for name in names}
+            case _:
+                found = {}
+        return found
+
+    def expected(self, query: Any, key: Any, value: Any, arrays: Any) -> tuple[jax.Array, ...]:
+        """The reference at the first and at the last rows of the first batch element."""
+        blocks = []
+        for rows in self._checked_rows():
+            cut = {name: _rows_of(name, x, rows) for name, x in arrays.items()}
+            options = self.options() | cut | {"query_offset": rows.start}
+            problem, x = canonicalize(query[:1, rows], key[:1], value[:1], **options)
+            blocks.append(reference.forward(problem, x)[0])
+        return tuple(blocks)
+
+    def fault(self, out: jax.Array, expected: tuple[jax.Array, ...]) -> str | None:
+        """What is wrong with an answer. Dropout, which differs among rows alone, goes unchecked."""
+        if self.option == "dropout":
+            return None if bool(jnp.isfinite(out).all()) else "not finite"
+        allowed = float(jnp.finfo(self.shape.dtype).eps)
+        for rows, want in zip(self._checked_rows(), expected, strict=True):
+            error = tile_error(np.asarray(out[:1, rows], np.float32), np.asarray(want, np.float32))
+            if not error <= allowed:
+                return f"wrong: relative error {error:.2e}, allowed {allowed:.2e}"
+        return None
+
+    def _checked_rows(self) -> list[slice]:
+        T = self.shape.query_length
+        return [slice(start, start + _ROWS) for start in (0, max(0, T - _ROWS))]
+
+
+def document_lengths(shape: Shape) -> list[int]:
+    """Random lengths that fill a sequence, the same in every run."""
+    rng = np.random.default_rng(0)
+    lengths: list[int] = []
+    while sum(lengths) < shape.query_length:
+        lengths.append(int(rng.integers(_DOCUMENTS[0], _DOCUMENTS[1] + 1)))
+    lengths[-1] -= sum(lengths) - shape.query_length
+    return lengths
+
+
+def _rows_of(name: str, x: jax.Array, rows: slice) -> jax.Array:
+    """What an array says of some rows of the first batch element."""
+    if name in ("bias", "mask"):
+        return x[:1, :, rows]
+    if name == "query_segment_ids":
+        return x[:1, rows]
+    return x[:1] if name == "key_value_segment_ids" else x
