@@ -81,7 +81,7 @@ def tile_of(
     row_ids = (x.query_segment_ids, rows, 0) if segments else None
     key_ids = (x.key_value_segment_ids, keys, 1) if segments else None
     slopes = x.alibi_slopes
-    tail = x.key_value_lengths is not None or problem.S % shape[1] != 0
+    tail = x.key_value_lengths is not None or _sees_beyond(problem, shape[1])
     return spec.Tile(
         batch=batch,
         head=head,
@@ -99,6 +99,12 @@ def tile_of(
             consts=x.score_consts,
         ),
     )
+
+
+def _sees_beyond(problem: spec.Problem, block_kv: int) -> bool:
+    """Whether the last tile of keys reaches past the last key, and the band does not hide that."""
+    band, beyond = problem.static_band or spec.Band(), problem.S + -problem.S % block_kv
+    return band.any_keys(0, problem.T, beyond)[1] > problem.S
 
 
 def key_count(problem: spec.Problem, x: spec.Operands, batch: Any) -> Any:

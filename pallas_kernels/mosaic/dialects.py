@@ -8,8 +8,10 @@ from jaxlib.mlir.dialects import arith as _arith
 from jaxlib.mlir.dialects import llvm as _llvm
 from jaxlib.mlir.dialects import nvvm as _nvvm
 from jaxlib.mlir.dialects import scf as _scf
+from jaxlib.mlir.dialects import vector as _vector
 
 arith: Any = _arith
 llvm: Any = _llvm
 nvvm: Any = _nvvm
 scf: Any = _scf
+vector: Any = _vector

@@ -7,12 +7,14 @@ from typing import Any
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.mosaic.gpu import fragmented_array as fa
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jaxlib.mlir import ir
 
 from pallas_kernels.mosaic import interpreter
-from pallas_kernels.mosaic.dialects import llvm
+from pallas_kernels.mosaic.dialects import arith, llvm, vector
 from pallas_kernels.mosaic.memory import Ref, layout_cast, load
 
 _ROWS, _COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
@@ -25,8 +27,35 @@ def full(shape: tuple[int, ...], value: float, dtype: jax.typing.DTypeLike) -> j
 
 
 def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
-    """The int32 index of each element of a matrix along an axis."""
-    return layout_cast(lax.broadcasted_iota(jnp.int32, shape, axis), plgpu.Layout.WGMMA)
+    """The int32 index of each element of a matrix along an axis.
+
+    Mosaic's own divides the number of an element by the size of a row, of which the compiler does
+    not find that most results are equal. Here a thread's indices are one number plus constants.
+    """
+    if interpreter.is_interpreting():
+        return lax.broadcasted_iota(jnp.int32, shape, axis)
+
+    @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct(shape, jnp.int32, plgpu.Layout.WGMMA))
+    def run(_: Any) -> Any:
+        layout = fa.WGMMA_LAYOUT
+        # By how much the index grows along each axis that warps, lanes and registers count.
+        steps = layout.tiling.tile_strides(tuple(int(i == axis) for i in range(len(shape))))
+        i32 = ir.IntegerType.get_signless(32)
+        of_threads = [mgpu_utils.c(step, i32) for step in steps[-layout.tiled_tiling_rank :]]
+        warp, lane = (
+            mgpu_utils.dyn_dot(indices, of_threads)
+            for indices in (layout.warp_indices(), layout.lane_indices())
+        )
+        vectors = ir.VectorType.get((layout.vector_length,), i32)
+        first = vector.broadcast(vectors, arith.addi(warp, lane))
+        registers = np.empty(layout.registers_shape(shape), dtype=object)
+        for at in np.ndindex(registers.shape):
+            numbers = np.dot(at, steps) + np.arange(layout.vector_length) * steps[-1]
+            constants = ir.DenseElementsAttr.get(numbers.astype(np.int32), type=vectors)
+            registers[at] = arith.addi(first, arith.constant(vectors, constants))
+        return fa.FragmentedArray(_registers=registers, _layout=layout, _is_signed=True)
+
+    return run()
 
 
 def row_iota(rows: int) -> jax.Array:
