@@ -12,6 +12,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import os
 import re
@@ -23,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # On import Mosaic sets MOSAIC_GPU_CUDA_ROOT; imported later, it would undo `_dumping`.
+import jaxflash
 import pallas_kernels.mosaic  # noqa: F401
 from bench import seed
 from bench.gpus import GPUS, MIB, Gpu
@@ -357,10 +358,16 @@ def _kernel_table() -> str:
 
 
 def _shown_kernels() -> list[tuple[str, Callable[..., Any], tuple[jax.ShapeDtypeStruct, ...]]]:
-    from tests import small_kernel  # noqa: PLC0415  (the only kernel so far lives with its tests)
-
-    rows = jax.ShapeDtypeStruct((1024, 64), jnp.bfloat16)
-    return [("scores 1024 x 1024 x 64 (harness)", small_kernel.scores, (rows, rows))]
+    """The forward at each head dim, full and causal."""
+    shown: list[tuple[str, Callable[..., Any], tuple[jax.ShapeDtypeStruct, ...]]] = []
+    for head_dim in (64, 128, 256):
+        for is_causal in (False, True):
+            shape = Shape(1, 4096, 4096, 8, 8, head_dim, is_causal)
+            call = functools.partial(
+                jaxflash.dot_product_attention, is_causal=is_causal, implementation="hopper"
+            )
+            shown.append((f"hopper forward {shape.label}", call, shape.structs()))
+    return shown
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -10,12 +11,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax import lax
 
 import jaxflash
 from bench import aot
 from bench.gpus import GPUS
 from bench.shapes import Shape, score_matrix_bytes
+from jaxflash import tuning
+from jaxflash.arguments import canonicalize
+from pallas_kernels.mosaic.evaluate import SUPPORTED
 from tests import small_kernel
 from tests.small_kernel import TILE, Form
 
@@ -37,60 +43,99 @@ def _assert_fast(kernel: aot.Kernel) -> None:
     assert 0 < kernel.registers <= 255
 
 
-_SEGMENTS = jnp.zeros((1, 4096), jnp.int32)
-# Every default configuration of the Hopper forward, by what leads to it.
-FORWARDS: dict[str, tuple[int, int, dict[str, Any]]] = {
-    "h64_short": (64, 1024, {}),
-    "h64_long": (64, 4096, {}),
-    "h64_window": (64, 4096, {"local_window_size": (512, 0)}),
-    "h64_causal": (64, 1024, {"is_causal": True}),
-    "h64_causal_cap": (64, 4096, {"is_causal": True, "logits_soft_cap": 20.0}),
-    "h64_segments": (
-        64,
-        4096,
-        {"query_segment_ids": _SEGMENTS, "key_value_segment_ids": _SEGMENTS},
-    ),
-    "h128": (128, 4096, {}),
-    "h128_causal": (128, 4096, {"is_causal": True}),
-    "h128_tail": (128, 4088, {"is_causal": True}),
-    "h128_window": (128, 4096, {"is_causal": True, "local_window_size": (512, 0)}),
-    "h128_cap": (128, 4096, {"logits_soft_cap": 20.0}),
-    "h128_causal_alibi": (128, 4096, {"is_causal": True, "alibi_slopes": jnp.ones(4)}),
-    "h128_sinks": (128, 4096, {"is_causal": True, "sinks": jnp.ones(4)}),
-    "h192": (192, 4096, {}),
-    "h256": (256, 4096, {}),
-    "h256_causal": (256, 4096, {"is_causal": True}),
+_SEGMENTS = np.zeros((1, 4096), np.int32)
+_OF_MASK: dict[str, dict[str, Any]] = {
+    "full": {},
+    "band": {"is_causal": True},
+    "modified": {"is_causal": True, "logits_soft_cap": 20.0},
+    "data": {
+        "is_causal": True,
+        "query_segment_ids": _SEGMENTS,
+        "key_value_segment_ids": _SEGMENTS,
+    },
 }
+
+
+def _forwards() -> dict[str, tuple[int, int, int, dict[str, Any]]]:
+    """H, Hv, length and options: one for every configuration in the table, then other forms."""
+    rows = json.loads(tuning.TABLES.joinpath("h100.json").read_text())["rows"]
+    found: dict[tuple[Any, ...], tuple[int, int, int, dict[str, Any]]] = {}
+    for row in rows:
+        key = (row["mask"], row["head_dim"], *row["config"].values())
+        found[key] = (row["head_dim"], row["head_dim"], row["length"], _OF_MASK[row["mask"]])
+    window = {"is_causal": True, "local_window_size": (512, 0)}
+    bias = np.zeros((1, 1, 4096, 4096), jnp.bfloat16)
+    return {"-".join(map(str, key)): x for key, x in found.items()} | {
+        "window-64": (64, 64, 4096, window),
+        "window-128": (128, 128, 4096, window),
+        "tail-64": (64, 64, 4095, _OF_MASK["band"]),
+        "tail-128": (128, 128, 4095, {}),
+        "head-dim-72": (72, 72, 4095, _OF_MASK["band"]),
+        "head-dim-80": (80, 80, 4096, {}),
+        "value-dim-128": (192, 128, 4096, _OF_MASK["band"]),
+        "alibi-128": (128, 128, 4096, {"is_causal": True, "alibi_slopes": np.ones(4, np.float32)}),
+        "sinks-128": (128, 128, 4096, {"is_causal": True, "sinks": np.ones(4, np.float32)}),
+        "bias-128": (128, 128, 4096, {"bias": bias}),
+        "mask-128": (128, 128, 4096, {"mask": bias == 0}),
+    }
+
+
+FORWARDS = _forwards()
 
 
 @needs_compiler
 @pytest.mark.parametrize("name", FORWARDS)
 def test_hopper_forward_compiles_without_spills(name: str) -> None:
-    head_dim, length, options = FORWARDS[name]
+    head_dim, value_dim, length, options = FORWARDS[name]
 
     def fn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return jaxflash.dot_product_attention(q, k, v, **options, implementation="hopper")
 
-    x = _bf16(1, length, 4, head_dim)
-    (kernel,) = aot.compile_for(fn, x, x, x, gpu="h100").kernels
+    q, v = (_bf16(1, length, 4, columns) for columns in (head_dim, value_dim))
+    (kernel,) = aot.compile_for(fn, q, q, v, gpu="h100").kernels
     assert kernel.name == "forward_kernel"
-    # JAX 0.10.2's compiler spills where there are masks: known, slow there, and not wrong.
-    if jax.__version_info__ >= (0, 11):
-        _assert_fast(kernel)
+    _assert_fast(kernel)
 
 
 @needs_compiler
-def test_hopper_forward_of_long_causal_at_head_dim_64() -> None:
-    """The one default that spills: once for each tile of queries, and still the fastest."""
-    x = _bf16(1, 4096, 4, 64)
+def test_every_operation_that_is_accepted_compiles() -> None:
+    """In one score_mod; what it does not use, the table of operations must not list."""
+    used = set()
 
-    def fn(q: jax.Array) -> jax.Array:
-        return jaxflash.dot_product_attention(q, q, q, is_causal=True, implementation="hopper")
+    def score_mod(s: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
+        f, d = s * 0.5, q - k
+        f = f + jnp.exp(f) + jnp.exp2(f) + jnp.log(f) + jnp.log2(f) + jnp.tanh(f) + jnp.sin(f)
+        f = f + jnp.cos(f) + jnp.sqrt(f) + lax.rsqrt(f) - jnp.round(f) + jnp.floor(f) + jnp.ceil(f)
+        f = f / (k + 1.0) + jnp.log1p(f) + jnp.expm1(f) + jnp.power(f, 2.5) + f**3 + f**-2
+        f = f + jnp.square(f) + jax.nn.sigmoid(f) + lax.erf(f) + jnp.sign(f) + jnp.abs(f) - (-f)
+        f = jnp.maximum(f, jnp.minimum(s, 1.0)) + lax.clamp(-1.0, f, 1.0) + lax.stop_gradient(f)
+        f = jnp.where(jnp.isfinite(f), f, 0.0) + lax.reshape(f, ())
+        i = lax.rem(q, k + 1) + lax.div(q, k + 1) + (q << 2) + (q >> 1) + ~q + jnp.sign(d)
+        i = i + lax.shift_right_logical(q, 1) + (q & 3) + (q | 4) + (q ^ k) + b + h
+        seen = (d > 1) | (d < -5) ^ (d >= 9) & (d <= 90) | (q == k) | (q != 3) & ~(q > k)
+        return jnp.where(seen, f, i.astype(jnp.float32))
 
-    (kernel,) = aot.compile_for(fn, x, gpu="h100").kernels
-    if jax.__version_info__ >= (0, 11):
-        assert kernel.spill_store_bytes <= 32
-        assert not [warning for warning in kernel.warnings if "serialized" in warning]
+    def fn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        problem, _ = canonicalize(q, k, v, score_mod=score_mod)
+        used.update(_primitives(problem.score_mod.program.jaxpr))  # type: ignore[union-attr]
+        return jaxflash.dot_product_attention(q, k, v, score_mod=score_mod, implementation="hopper")
+
+    x = _bf16(1, 256, 2, 64)
+    assert len(aot.compile_for(fn, x, x, x).kernels) == 1
+    # Written by transformations, or spelled otherwise by another version of JAX.
+    silent = {"copy", "copy_p", "add_any", "stop_gradient", "broadcast_in_dim", "reshape"}
+    assert SUPPORTED - used <= silent
+
+
+def _primitives(jaxpr: Any) -> set[str]:
+    found = set()
+    for equation in jaxpr.eqns:
+        found.add(equation.primitive.name)
+        for x in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(x, "jaxpr", x)
+            if hasattr(inner, "eqns"):
+                found |= _primitives(inner)
+    return found
 
 
 @needs_compiler
@@ -170,7 +215,7 @@ def test_main_prints_both_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert aot.main(["--gpu", "h100", "--seq", "512"]) == 0
     printed = capsys.readouterr().out
     assert "| H100 | 512 | forward " in printed
-    assert "| scores 1024 x 1024 x 64 (harness) | H100 | " in printed
+    assert "| hopper forward B1 T4096 N8/8 H128 causal bfloat16 | H100 | " in printed
 
 
 def test_unknown_gpu_is_refused() -> None:

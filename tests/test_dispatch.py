@@ -22,7 +22,11 @@ def test_explain_names_what_runs() -> None:
     why = "needs a Hopper GPU (H100, H200); this device is cpu"
     assert explanation.refusals == {"hopper": why, "xla": None, "reference": None}
     chosen = jaxflash.explain(X, X, X, implementation="reference")
-    assert str(chosen).splitlines()[1:] == ["xla        would run if asked for", "reference  runs"]
+    assert str(chosen).splitlines() == [
+        f"hopper     refuses: {why}",
+        "xla        would run if asked for",
+        "reference  runs",
+    ]
 
 
 def test_explain_accepts_arrays_and_abstract_arrays() -> None:
@@ -112,20 +116,22 @@ def test_imports_go_one_way(layer: str) -> None:
 
 
 def _entry(layer: str) -> set[str]:
-    """dispatch, in jaxflash, names the backends; nothing else does."""
+    """Dispatch and tuning, in jaxflash, name backends; nothing else does."""
     return {"jaxflash/xla", "pallas_kernels/hopper"} if layer == "jaxflash" else set()
 
 
-def test_only_dispatch_names_backends() -> None:
+def test_only_dispatch_and_tuning_name_backends() -> None:
+    package = ROOT / "jaxflash"
     importers = {
-        path.name
-        for path in ROOT.joinpath("jaxflash").glob("*.py")
-        if any(
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if _layer(f"jaxflash.{path.parent.name}") != "jaxflash/xla"
+        and any(
             _layer(m) in ("jaxflash/xla", "pallas_kernels/hopper") or m == "jaxflash.reference"
             for m in _imported(path)
         )
     }
-    assert importers == {"dispatch.py"}
+    assert importers == {"dispatch.py", "tuning/__init__.py"}
 
 
 def _imported(path: Path) -> set[str]:

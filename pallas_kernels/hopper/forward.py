@@ -120,12 +120,14 @@ def visit_rest(c: Consumer, work: Work, round_: Any, step: Any, carry: Carry) ->
     def visits(masked: bool) -> Any:
         def one(j: Any, carry: Carry) -> Carry:
             stage, before = (lax.rem(step + i, k.config.stages) for i in (j, j - 1))
-            visit = c.visit(work, j, masked)
+            # What it loads comes while products run, if there are registers to hold it.
+            visit = c.visit(work, j, masked) if k.config.q_stages > 1 else None
             if not k.config.late_wait:
                 mosaic.barrier_wait(r.k_full.at[stage])
             mosaic.barrier_wait(r.v_full.at[before])
             s, o = start_products(c, q_stage, stage, carry, before)
             mosaic.barrier_arrive(r.k_free.at[stage])
+            visit = visit or c.visit(work, j, masked)
             # The barrier keeps ptxas from taking P for the product that is still running.
             stats, decay, p = lax.optimization_barrier(visit.softmax(carry.stats, s))
             wait_early(k, j + 1 < walk.count, step + j + 1)

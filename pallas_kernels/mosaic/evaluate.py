@@ -63,7 +63,7 @@ def refusal(program: Any) -> str | None:
             reason = refusal(_callee(equation))
             if reason is not None:
                 return reason
-        elif name not in _ELEMENTWISE and name not in _REPLACED and name not in _VIEWS:
+        elif name not in SUPPORTED and name not in _VIEWS:
             return f"its operation {name!r} has no form inside a kernel"
         elif any(v.aval.shape for v in equation.outvars) and name not in _VIEWS:
             return f"it computes an array, by {name!r}, and not one score at a time"
@@ -180,6 +180,7 @@ _REPLACED: dict[str, Callable[..., Any]] = {
     "erf": _erf,
     "sign": lambda x, **_: jnp.where(x > 0, 1, jnp.where(x < 0, -1, 0)).astype(x.dtype),
     "abs": lambda x, **_: jnp.where(x < 0, -x, x),
+    "is_finite": lambda x, **_: (x > -math.inf) & (x < math.inf),
     "copy": lambda x, **_: x,
     "copy_p": lambda x, **_: x,
     "stop_gradient": lambda x, **_: x,
@@ -223,9 +224,11 @@ _ELEMENTWISE = frozenset(
         "shift_right_logical",
         "shift_right_arithmetic",
         "round",
-        "population_count",
     ]
 )
+
+# What `refusal` accepts of numbers.
+SUPPORTED = frozenset(_REPLACED) | _ELEMENTWISE
 
 _CALLS = {
     "pjit": "jaxpr",
