@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -190,6 +191,9 @@ _REPLACED: dict[str, Callable[..., Any]] = {
     "broadcast_in_dim": lambda x, **_: x,
     "reshape": lambda x, **_: x,
 }
+
+if jax.__version_info__ < (0, 11):  # has no lowering of it
+    _REPLACED["sqrt"] = lambda x, **_: jnp.exp2(jnp.log2(x) * 0.5)
 
 _ELEMENTWISE = frozenset(
     [
