@@ -15,7 +15,7 @@ gpu := $(shell command -v nvidia-smi)
 pin := $(if $(JAX),"jax==$(JAX)")
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint aot bench wheel clean
+.PHONY: help demo test lint aot shown bench wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
@@ -32,8 +32,10 @@ lint: $(VENV)/.lint  ## ruff (check, format) and mypy
 	$(bin)/mypy
 
 aot: $(VENV)-aot/.aot  ## compile for GPUs that are not here: registers, spills, memory
-	JAX_PLATFORMS=cpu $(aot_bin)/python -m pytest -m aot $(ARGS)
-	JAX_PLATFORMS=cpu $(aot_bin)/python -m bench aot --gpu h100
+	JAX_PLATFORMS=cpu $(aot_bin)/python -m pytest -n auto -m aot $(ARGS)
+
+shown: $(VENV)-aot/.aot  ## the same as a table
+	JAX_PLATFORMS=cpu $(aot_bin)/python -m bench aot --gpu h100 $(ARGS)
 
 bench: $(VENV)/.test  ## python -m bench, with ARGS="speed" and the like
 	$(bin)/python -m bench $(ARGS)

@@ -195,7 +195,7 @@ def publish(cells: dict[str, list[list[Cell]]], device: jax.Device, out: Path) -
     ]
     origin = results.origin(device)
     records = [_record(cell) | origin for cell in everything]
-    report = results.Report("forward", "", "Attention forward", sections, records, "ms", ())
+    report = results.Report("forward", "", "Attention forward", sections, records)
     results.publish(report, device, out)
 
 

@@ -190,22 +190,23 @@ class Report(NamedTuple):
     title: str
     sections: Sequence[str]
     rows: Sequence[Mapping[str, Any]]
-    plot_y_label: str
-    plot_lines: Sequence[Line]
+    plot_y_label: str = ""
+    plot_lines: Sequence[Line] | None = None  # None: no plot is wanted
 
 
 def publish(report: Report, device: jax.Device, out_dir: Path) -> None:
     """Prints a report, appends its rows, writes its markdown and its plot."""
     place = device_slug(device)
     stem = f"{report.table}{report.variant}-{place}"
-    plot = out_dir / f"{stem}.png"
-    problem = save_plot(plot, report.title, report.plot_y_label, report.plot_lines)
-    picture = problem if problem else f"![{report.title}]({plot.name})"
+    plot, problem, picture = out_dir / f"{stem}.png", None, ""
+    if report.plot_lines is not None:
+        problem = save_plot(plot, report.title, report.plot_y_label, report.plot_lines)
+        picture = f"\n{problem or f'![{report.title}]({plot.name})'}\n"
     parts = [f"## {report.title}", *(section for section in report.sections if section)]
     text = "\n\n".join([*parts, origin_line(device)])
     append_rows(out_dir / f"{report.table}-{place}.jsonl", report.rows)
     markdown = out_dir / f"{stem}.md"
-    markdown.write_text(f"{text}\n\n{picture}\n", encoding="utf-8")
+    markdown.write_text(f"{text}\n{picture}", encoding="utf-8")
     print(text)
     print(
         f"\nWritten: {markdown}, {report.table}-{place}.jsonl" + (f"; {problem}" if problem else "")
