@@ -50,7 +50,8 @@ def hopper_config(problem: spec.Problem) -> hopper.Config:
     kind = Kind.of(problem)
     rows = [r for r in _rows(_gpu(problem.device)) if r["mask"] == kind.mask]
     head_dims = [r["head_dim"] for r in rows if r["head_dim"] >= kind.head_dim]
-    if not head_dims:
+    # Measured where both head dims are the same: one that is much smaller leaves room for more.
+    if not head_dims or problem.Hv <= 128 < problem.H:
         return hopper.Config.default(problem)
     rows = [r for r in rows if r["head_dim"] == min(head_dims)]
     shorter = [r for r in rows if r["length"] <= kind.length]

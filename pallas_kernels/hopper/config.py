@@ -40,7 +40,9 @@ class Config:
         """One that fits every problem; tuned ones are for the caller to choose."""
         wide = max(problem.H, problem.Hv)
         if wide > 128:
-            return cls(block_kv=64, q_stages=1)
+            large = cls(q_stages=1)
+            fits = problem.Hv <= 128 and large.staging(problem.H, problem.Hv)
+            return large if fits else cls(block_kv=64, q_stages=1)
         return cls(stages=4 if wide <= 64 else 2, late_wait=modifies(problem))
 
     def smem_bytes(self, H: int, Hv: int, staged: int) -> int:
