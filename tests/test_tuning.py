@@ -1,0 +1,67 @@
+"""The tables of configurations: what is in them, and what is taken from them."""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxflash import tuning
+from jaxflash.arguments import canonicalize
+from pallas_kernels import hopper, spec
+
+ROWS = json.loads((tuning.TABLES / "h100.json").read_text())["rows"]
+
+
+def _problem(T: int, H: int, Hv: int | None = None, **options: Any) -> spec.Problem:
+    found = []
+    q, v = (jax.ShapeDtypeStruct((1, T, 2, n), jnp.bfloat16) for n in (H, Hv or H))
+    jax.eval_shape(lambda q, v: found.append(canonicalize(q, q, v, **options)[0]), q, v)
+    (problem,) = found
+    return problem
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda r: f"{r['mask']}-{r['head_dim']}-{r['length']}")
+def test_rows_are_the_fastest_of_those_measured_and_fit(row: dict[str, Any]) -> None:
+    config = hopper.Config(**row["config"])
+    assert config.staging(row["head_dim"], row["head_dim"]) is not None
+    text = " ".join(f"{name}={value}" for name, value in dataclasses.asdict(config).items())
+    assert row["median_ms"][text] == min(row["median_ms"].values())
+
+
+@pytest.mark.parametrize(
+    ("options", "mask"),
+    [
+        ({}, "full"),
+        ({"is_causal": True}, "band"),
+        ({"local_window_size": 8}, "band"),
+        ({"is_causal": True, "logits_soft_cap": 5.0}, "modified"),
+        ({"dropout_rate": 0.5, "dropout_key": jax.random.key(0)}, "modified"),
+        ({"mask": jnp.ones((1, 1, 64, 64), bool)}, "data"),
+    ],
+)
+def test_kind_of_a_problem(options: dict[str, Any], mask: str) -> None:
+    assert tuning.Kind.of(_problem(64, 48, 56, **options)) == tuning.Kind(mask, 56, 64)
+
+
+def _row(mask: str, head_dim: int, length: int) -> hopper.Config:
+    (row,) = [
+        r for r in ROWS if (r["mask"], r["head_dim"], r["length"]) == (mask, head_dim, length)
+    ]
+    return hopper.Config(**row["config"])
+
+
+def test_lookup_takes_the_next_head_dim_and_the_next_shorter_length() -> None:
+    assert tuning.hopper_config(_problem(1024, 64)) == _row("full", 64, 1024)
+    assert tuning.hopper_config(_problem(2047, 40)) == _row("full", 64, 1024)
+    assert tuning.hopper_config(_problem(2048, 40)) == _row("full", 64, 2048)
+    assert tuning.hopper_config(_problem(8, 64)) == _row("full", 64, 512)
+    assert tuning.hopper_config(_problem(10**6, 72, is_causal=True)) == _row("band", 128, 4096)
+    assert _row("full", 64, 1024) != _row("full", 64, 2048)
+
+
+def test_lookup_leaves_what_was_not_measured_to_the_default() -> None:
+    problem = _problem(4096, 192, 128)
+    assert tuning.hopper_config(problem) == hopper.Config.default(problem)
