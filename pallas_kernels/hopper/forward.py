@@ -229,7 +229,7 @@ def store(c: Consumer, work: Work, o: tuple[jax.Array, ...], factor: jax.Array) 
     out_gmem = k.refs.out_gmem.at[work.batch, pl.ds(c.row0(work), ROWS), work.head]
     places = [strip for strip, _, _ in k.refs.out_smem.at(c.me).strips()]
     column = 0
-    for group in k.staging.groups():
+    for group in k.forms.out.groups():
         mosaic.wait_smem_to_gmem(0, wait_read_only=True)
         starts = []
         for place in group:

@@ -43,7 +43,7 @@ class Forms(NamedTuple):
     q: mosaic.Form
     k: mosaic.Form
     v: mosaic.Form
-    out: mosaic.Form
+    out: Staging
 
     @classmethod
     def of(cls, p: spec.Problem, c: Config) -> "Forms":
@@ -53,7 +53,7 @@ class Forms(NamedTuple):
             mosaic.Form.of(ROWS, p.H),
             mosaic.Form.of(c.block_kv, p.H),
             mosaic.Form.in_one_piece(c.block_kv, p.Hv),
-            staging.form,
+            staging,
         )
 
     def arrays(self, x: spec.Operands) -> spec.Operands:
@@ -67,7 +67,7 @@ class Forms(NamedTuple):
             self.q.smem(c.q_stages, c.consumers, dtype=dtype),
             self.k.smem(c.stages, dtype=dtype),
             self.v.smem(c.stages, dtype=dtype),
-            self.out.smem(c.consumers, dtype=dtype),
+            self.out.form.smem(c.consumers, dtype=dtype),
             mosaic.SMEM((c.q_stages,), jnp.int32),
             mosaic.SMEM((1,), jnp.int32),
             mosaic.Barrier(num_barriers=c.q_stages, num_arrivals=c.consumers * self.q.copies + 1),
@@ -109,12 +109,6 @@ class Kernel(NamedTuple):
             rows = jnp.maximum(rows, first + 1)
         stop = jnp.minimum(first + c.block_q, rows)
         return of_band(tiles.band_of(p, x, work.batch), (first, stop), keys, c.block_kv)
-
-    @property
-    def staging(self) -> Staging:
-        found = self.config.staging(self.problem.H, self.problem.Hv)
-        assert found is not None
-        return found
 
     @property
     def masks(self) -> bool:
