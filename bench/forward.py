@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable, Sequence
-from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,13 +12,12 @@ import jax
 import numpy as np
 
 from bench import baselines, results
-from bench.problems import Problem
-from bench.shapes import INPUT_DISTRIBUTION, Shape, random_inputs
-from bench.timing import Compiler, Program, Timing, device_clock, interleaved
+from bench.problems import Problem, measure, submit
+from bench.shapes import INPUT_DISTRIBUTION, Shape
+from bench.timing import Clock, Compiler, Timing, device_clock
 
 SUMMARY = "Forward time of this library and of the best peer, shape by shape, option by option."
 OURS = "jaxflash"
-_EXPECTED = "expected"
 
 
 class Cell(NamedTuple):
@@ -41,8 +39,8 @@ def problems() -> dict[str, list[Problem]]:
     """What is measured, by heading."""
     plain = [
         Problem(Shape(b, t, t, 2048 // h, 2048 // h, h, c))
-        for h, sizes in ((64, ((16, 1024), (4, 4096), (1, 16384))), (128, _SIZES), (256, _SIZES))
-        for b, t in sizes
+        for h in (64, 128, 256)
+        for b, t in ((16, 1024), (4, 4096), (1, 16384))
         for c in (False, True)
     ]
     seed = [Problem(Shape(8, t, t, 32, 32, 64)) for t in (512, 1024, 2048, 4096, 8192)]
@@ -76,9 +74,6 @@ def problems() -> dict[str, list[Problem]]:
     }
 
 
-_SIZES = ((16, 1024), (4, 4096), (1, 16384))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the table; 1 when an implementation gave a wrong answer."""
     parser = argparse.ArgumentParser(prog="python -m bench forward", description=SUMMARY)
@@ -97,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     waiting = {problem: _submit(compiler, problem, device) for problem in asked}
     cells = {}
     for problem in asked:
-        cells[problem] = _measure(problem, waiting.pop(problem), clock, options.repeats)
+        cells[problem] = _cells(problem, waiting.pop(problem), clock, options.repeats)
         print(problem.label, *(_short(cell) for cell in cells[problem]), sep="  ", flush=True)
     publish({h: [cells[p] for p in list_] for h, list_ in chosen.items()}, device, options.out)
     everything = [cell for row in cells.values() for cell in row]
@@ -106,35 +101,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def implementations(problem: Problem) -> dict[str, baselines.Implementation]:
     """Peers that know the option, then this library; the first that supports a call runs."""
-    names = [] if problem.option in ("soft cap", "ALiBi", "sinks", "documents") else ["cudnn"]
-    if not problem.option and problem.window is None:
-        names.append("tokamax")
-    if not problem.option and problem.shape.head_dim == baselines.FA3_HEAD_DIM:
-        names.append("fa3")
-    if problem.option == "dropout":
-        names = []
+    names = ["cudnn"] if problem.option in ("", "bias", "mask") else []
+    if not problem.option:
+        names += ["tokamax"] if problem.window is None else []
+        names += ["fa3"] if problem.shape.head_dim == baselines.FA3_HEAD_DIM else []
     return {peer.name: peer for peer in baselines.select(names)} | {OURS: baselines.best_of_ours()}
 
 
-def _submit(
-    compiler: Compiler, problem: Problem, device: jax.Device
-) -> dict[str, futures.Future[jax.stages.Compiled] | str]:
+def _submit(compiler: Compiler, problem: Problem, device: jax.Device) -> dict[str, Any]:
     """Programs on their way, or why there is none."""
-    structs = (*problem.shape.structs(), jax.eval_shape(problem.arrays))
-    found: dict[str, futures.Future[jax.stages.Compiled] | str] = {
-        _EXPECTED: compiler.submit(problem.expected, *structs)
-    }
+    refusals, functions = {}, {}
     for name, implementation in implementations(problem).items():
         reason = implementation.refusal(problem.shape, device)
         if reason or implementation.call is None:
-            found[name] = reason or "cannot be called"
-            continue
-        function = functools.partial(_call, implementation.call, problem)
-        try:
-            found[name] = compiler.submit(function, *structs)
-        except (ValueError, NotImplementedError) as error:  # a refusal at trace time
-            found[name] = results.first_line(error)
-    return found
+            refusals[name] = reason or "cannot be called"
+        else:
+            functions[name] = functools.partial(_call, implementation.call, problem)
+    return refusals | submit(compiler, problem, functions)
 
 
 def _call(
@@ -148,23 +131,10 @@ def _call(
     return attention(query, key, value, **problem.options(), **arrays)
 
 
-def _measure(problem: Problem, submitted: dict[str, Any], clock: Any, repeats: int) -> list[Cell]:
-    inputs = (*random_inputs(problem.shape, "forward"), problem.arrays())
-    expected = Program(submitted.pop(_EXPECTED).result(), inputs)()
-    cells, programs = {}, {}
-    for name, future in submitted.items():
-        reason = future if isinstance(future, str) else None
-        if reason is None:
-            try:
-                program = Program(future.result(), inputs)
-                reason = problem.fault(program(), expected)
-            except jax.errors.JaxRuntimeError as error:
-                reason = results.first_line(error)
-        if reason is None:
-            programs[name] = program
-        cells[name] = Cell(problem, name, None, reason)
-    timings = interleaved(programs, clock, warmup=1, repeats=repeats)
-    return [cell._replace(timing=timings.get(name)) for name, cell in cells.items()]
+def _cells(problem: Problem, submitted: dict[str, Any], clock: Clock, repeats: int) -> list[Cell]:
+    timings, reasons = measure(problem, submitted, clock, repeats)
+    names = implementations(problem)
+    return [Cell(problem, name, timings.get(name), reasons.get(name)) for name in names]
 
 
 def publish(cells: dict[str, list[list[Cell]]], device: jax.Device, out: Path) -> None:
@@ -240,12 +210,5 @@ def _record(cell: Cell) -> dict[str, Any]:
         "flops": cell.problem.flops,
     }
     if timing is not None:
-        row |= {
-            "method": timing.method,
-            "repeats": timing.repeats,
-            "median_ms": timing.median_ms,
-            "p10_ms": timing.p10_ms,
-            "p90_ms": timing.p90_ms,
-            "tflops": cell.tflops,
-        }
+        row |= timing.record() | {"tflops": cell.tflops}
     return row

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -10,18 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.parity import tile_error
-from bench.shapes import Shape
+from bench.results import first_line
+from bench.shapes import Shape, random_inputs
+from bench.timing import Clock, Compiler, Program, Timing, interleaved
 from jaxflash import reference
 from jaxflash.arguments import canonicalize
 from pallas_kernels.spec import Band
 
 _ROWS = 128  # of a check, at either end of the sequence
+_EXPECTED = "expected"
 _DOCUMENTS = (512, 4096)  # shortest and longest, in tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A shape with a window or one of `OPTIONS`."""
+    """A shape with a window or an option, one of those that `options` and `arrays` know."""
 
     shape: Shape
     window: tuple[int, int] | None = None
@@ -112,6 +117,47 @@ class Problem:
     def _checked_rows(self) -> list[slice]:
         T = self.shape.query_length
         return [slice(start, start + _ROWS) for start in (0, max(0, T - _ROWS))]
+
+
+def submit(
+    compiler: Compiler, problem: Problem, functions: Mapping[str, Callable[..., Any]]
+) -> dict[str, futures.Future[jax.stages.Compiled] | str]:
+    """Programs on their way, and the reference's; a refusal at trace time is its reason."""
+    structs = (*problem.shape.structs(), jax.eval_shape(problem.arrays))
+    found: dict[str, futures.Future[jax.stages.Compiled] | str] = {
+        _EXPECTED: compiler.submit(problem.expected, *structs)
+    }
+    for name, function in functions.items():
+        try:
+            found[name] = compiler.submit(function, *structs)
+        except (ValueError, NotImplementedError) as error:
+            found[name] = first_line(error)
+    return found
+
+
+def measure(
+    problem: Problem, submitted: Mapping[str, Any], clock: Clock, repeats: int
+) -> tuple[dict[str, Timing], dict[str, str]]:
+    """Times of what `submit` returned, and why others have none: a wrong answer is not timed."""
+    inputs = (*random_inputs(problem.shape, "forward"), problem.arrays())
+    expected = Program(submitted[_EXPECTED].result(), inputs)()
+    programs: dict[str, Program] = {}
+    reasons: dict[str, str] = {}
+    for name, future in submitted.items():
+        if name == _EXPECTED:
+            continue
+        reason = future if isinstance(future, str) else None
+        if reason is None:
+            try:
+                program = Program(future.result(), inputs)
+                reason = problem.fault(program(), expected)
+            except jax.errors.JaxRuntimeError as error:
+                reason = first_line(error)
+        if reason is None:
+            programs[name] = program
+        else:
+            reasons[name] = reason
+    return interleaved(programs, clock, warmup=1, repeats=repeats), reasons
 
 
 def document_lengths(shape: Shape) -> list[int]:

@@ -207,15 +207,7 @@ def record(cell: Cell, origin: dict[str, Any]) -> dict[str, Any]:
         "temporary_bytes": cell.memory.temporary if cell.memory else None,
     }
     if cell.timing is not None:
-        row |= {
-            "method": cell.timing.method,
-            "warmup": cell.timing.warmup,
-            "repeats": cell.timing.repeats,
-            "median_ms": cell.timing.median_ms,
-            "p10_ms": cell.timing.p10_ms,
-            "p90_ms": cell.timing.p90_ms,
-            "tflops": cell.tflops,
-        }
+        row |= cell.timing.record() | {"tflops": cell.tflops}
     return row | origin
 
 

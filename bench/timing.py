@@ -61,6 +61,17 @@ class Timing:
     def p90_ms(self) -> float:
         return self.percentile_ms(90)
 
+    def record(self) -> dict[str, Any]:
+        """As a part of a JSON row."""
+        return {
+            "method": self.method,
+            "warmup": self.warmup,
+            "repeats": self.repeats,
+            "median_ms": self.median_ms,
+            "p10_ms": self.p10_ms,
+            "p90_ms": self.p90_ms,
+        }
+
 
 def compile_program(function: Callable[..., Any], args: tuple[Any, ...]) -> Program:
     """Compiles once; the result serves the memory analysis, the parity check and the timing."""

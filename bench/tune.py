@@ -6,17 +6,16 @@ import argparse
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Sequence
-from concurrent import futures
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from bench import results
-from bench.problems import Problem
-from bench.shapes import Shape, random_inputs
-from bench.timing import Compiler, Program, device_clock, interleaved
+from bench.problems import Problem, measure, submit
+from bench.shapes import Shape
+from bench.timing import Compiler, device_clock
 from jaxflash import tuning
 from jaxflash.arguments import canonicalize
 from pallas_kernels import hopper, mosaic
@@ -25,7 +24,6 @@ from pallas_kernels.hopper import Config
 SUMMARY = "Measure configurations of the Hopper forward and write the fastest into the table."
 TOKENS = 16384
 FEATURES = 2048  # heads x head dim
-_EXPECTED = "expected"
 
 # By head dim, what is worth trying.
 CANDIDATES: dict[int, tuple[Config, ...]] = {
@@ -91,17 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     for kind, submitted in waiting.items():
         problem = problem_of(*kind)
-        inputs = (*random_inputs(problem.shape, "forward"), problem.arrays())
-        expected = Program(submitted.pop(_EXPECTED).result(), inputs)()
-        programs = {}
-        for name, future in submitted.items():
-            program = Program(future.result(), inputs)
-            wrong = problem.fault(program(), expected)
-            if wrong is None:
-                programs[name] = program
-            else:
-                print(f"{problem.label} {name}: {wrong}")
-        timings = interleaved(programs, clock, warmup=1, repeats=options.repeats)
+        timings, faults = measure(problem, submitted, clock, options.repeats)
+        for name, reason in faults.items():
+            print(f"{problem.label} {name}: {reason}")
         ranked = sorted(timings, key=lambda name: timings[name].median_ms)
         print(problem.label, {name: round(timings[name].median_ms, 4) for name in ranked})
         mask, head_dim, length = kind
@@ -112,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "length": length,
                 "config": dataclasses.asdict(candidates(mask, head_dim)[int(ranked[0])]),
                 "median_ms": {
-                    _text(c): timings[str(i)].median_ms
+                    text_of(c): timings[str(i)].median_ms
                     for i, c in enumerate(candidates(mask, head_dim))
                     if str(i) in timings
                 },
@@ -121,23 +111,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = {"command": f"python -m bench tune --gpu {options.gpu}", **results.origin(device)}
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{options.gpu}.json"
-    path.write_text(json.dumps(table | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+    path.writetext_of(json.dumps(table | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
     print(f"Written: {path}")
     return 0
 
 
-def _submit(
-    compiler: Compiler, mask: str, head_dim: int, length: int
-) -> dict[str, futures.Future[jax.stages.Compiled]]:
+def _submit(compiler: Compiler, mask: str, head_dim: int, length: int) -> dict[str, Any]:
     problem = problem_of(mask, head_dim, length)
-    arrays = jax.eval_shape(problem.arrays)
-    structs = problem.shape.structs()
-    functions: dict[str, Callable[..., Any]] = {
-        str(i): functools.partial(_run, problem, config)
-        for i, config in enumerate(candidates(mask, head_dim))
-    }
-    functions[_EXPECTED] = problem.expected
-    return {name: compiler.submit(f, *structs, arrays) for name, f in functions.items()}
+    tried = enumerate(candidates(mask, head_dim))
+    functions = {str(i): functools.partial(_run, problem, config) for i, config in tried}
+    return submit(compiler, problem, functions)
 
 
 def _run(
@@ -148,6 +131,6 @@ def _run(
     return hopper.forward(asked, operands, config)[0]
 
 
-def _text(config: Config) -> str:
+def text_of(config: Config) -> str:
     """What a configuration is made of, in a short form."""
     return " ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items())

@@ -1,6 +1,5 @@
 """The tables of configurations: what is in them, and what is taken from them."""
 
-import dataclasses
 import json
 from typing import Any
 
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from bench import tune
 from jaxflash import tuning
 from jaxflash.arguments import canonicalize
 from pallas_kernels import hopper, spec
@@ -27,8 +27,7 @@ def _problem(T: int, H: int, Hv: int | None = None, **options: Any) -> spec.Prob
 def test_rows_are_the_fastest_of_those_measured_and_fit(row: dict[str, Any]) -> None:
     config = hopper.Config(**row["config"])
     assert config.staging(row["head_dim"], row["head_dim"]) is not None
-    text = " ".join(f"{name}={value}" for name, value in dataclasses.asdict(config).items())
-    assert row["median_ms"][text] == min(row["median_ms"].values())
+    assert row["median_ms"][tune.text_of(config)] == min(row["median_ms"].values())
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ _DEFAULT = "h100"
 class Kind:
     """What a choice depends on."""
 
-    mask: str  # of MASKS
+    mask: str  # "modified", "data", "band" or "full"
     head_dim: int  # the larger of H and Hv
     length: int  # of the keys
 
