@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = {"command": f"python -m bench tune --gpu {options.gpu}", **results.origin(device)}
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{options.gpu}.json"
-    path.writetext_of(json.dumps(table | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(table | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
     print(f"Written: {path}")
     return 0
 

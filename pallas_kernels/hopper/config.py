@@ -22,12 +22,15 @@ class Config:
     stages: int = 2
     q_stages: int = 2  # 1: the next tile's Q comes when this tile's scores are done
     late_wait: bool = False  # keep O += P V running during the exponentials
+    ping_pong: bool = False  # consumers start their products in turns
 
     def __post_init__(self) -> None:
         if self.consumers not in REGISTERS:
             raise ValueError(f"consumers must be one of {list(REGISTERS)}; got {self.consumers}")
-        if self.block_kv not in (64, 128):
-            raise ValueError(f"block_kv must be 64 or 128; got {self.block_kv}")
+        if self.block_kv < ROWS or self.block_kv % 16 or self.block_kv > 256:
+            raise ValueError(
+                f"block_kv must be a multiple of 16 from {ROWS} to 256; got {self.block_kv}"
+            )
         if self.stages < 2 or self.q_stages not in (1, 2):
             raise ValueError(f"needs stages >= 2 and 1 or 2 q_stages; got {self}")
 

@@ -35,6 +35,7 @@ class Refs(NamedTuple):
     v_full: mosaic.Ref
     v_free: mosaic.Ref
     v_raw: mosaic.Ref  # V has arrived, with rows in it that are to be zeroed
+    turn: mosaic.Ref  # [consumers]: it is this one's turn to start its products
 
 
 class Forms(NamedTuple):
@@ -77,6 +78,7 @@ class Forms(NamedTuple):
             mosaic.Barrier(num_barriers=c.stages, num_arrivals=self.v.copies),
             mosaic.Barrier(num_barriers=c.stages, num_arrivals=c.consumers),
             mosaic.Barrier(num_arrivals=self.v.copies),
+            mosaic.Barrier(num_barriers=c.consumers, num_arrivals=1),
         ]
 
     def refs(self, x: spec.Operands, found: BlockMap | None, *rest: Any) -> Refs:
