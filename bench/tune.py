@@ -15,7 +15,7 @@ import jax
 from bench import results
 from bench.problems import Problem, measure, submit
 from bench.shapes import Shape
-from bench.timing import Compiler, device_clock
+from bench.timing import Clock, Compiler, device_clock
 from jaxflash import tuning
 from jaxflash.arguments import canonicalize
 from pallas_kernels import hopper, mosaic
@@ -29,22 +29,19 @@ FEATURES = 2048  # heads x head dim
 CANDIDATES: dict[int, tuple[Config, ...]] = {
     64: (
         Config(stages=4),
-        Config(stages=4, q_stages=1),
+        Config(stages=4, ping_pong=True),
         Config(consumers=3),
+        Config(consumers=3, ping_pong=True),
         Config(consumers=4, block_kv=64, stages=4),
-        Config(block_kv=64, stages=6),
+        Config(consumers=4, block_kv=64, stages=4, ping_pong=True),
     ),
-    128: (Config(), Config(q_stages=1), Config(block_kv=64, stages=4)),
-    192: (
-        Config(block_kv=64, q_stages=1),
-        Config(block_kv=64, stages=3, q_stages=1),
-        Config(block_kv=64),
-    ),
-    256: (Config(block_kv=64, q_stages=1),),
+    128: (Config(), Config(ping_pong=True), Config(block_kv=160, q_stages=1)),
+    192: (Config(block_kv=96, q_stages=1), Config(block_kv=64)),
+    256: (Config(block_kv=64, q_stages=1), Config(block_kv=64, q_stages=1, ping_pong=True)),
 }
 LENGTHS: dict[int, tuple[int, ...]] = {
     64: (512, 1024, 2048, 4096, 16384),
-    128: (1024, 4096),
+    128: (1024, 4096, 16384),
     192: (4096,),
     256: (4096,),
 }
@@ -77,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measures every kind and writes the table of this GPU."""
     parser = argparse.ArgumentParser(prog="python -m bench tune", description=SUMMARY)
     parser.add_argument("--gpu", default="h100", help="name of the table, a part of the device's")
+    parser.add_argument("--only", metavar="WORDS", help="problems that contain these, as printed")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=tuning.TABLES, metavar="DIR")
     options = parser.parse_args(argv)
@@ -84,36 +82,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.gpu not in device.device_kind.lower():
         print(f"this device is {device.device_kind}, not {options.gpu}")
         return 1
+    chosen = [kind for kind in kinds() if (options.only or "") in problem_of(*kind).label]
     compiler, clock = Compiler(), device_clock(device)
-    waiting = {kind: _submit(compiler, *kind) for kind in kinds()}
-    rows = []
+    waiting = {kind: _submit(compiler, *kind) for kind in chosen}
+    rows = _measured_before(options.gpu) if options.only else {}
     for kind, submitted in waiting.items():
-        problem = problem_of(*kind)
-        timings, faults = measure(problem, submitted, clock, options.repeats)
-        for name, reason in faults.items():
-            print(f"{problem.label} {name}: {reason}")
-        ranked = sorted(timings, key=lambda name: timings[name].median_ms)
-        print(problem.label, {name: round(timings[name].median_ms, 4) for name in ranked})
-        mask, head_dim, length = kind
-        rows.append(
-            {
-                "mask": mask,
-                "head_dim": head_dim,
-                "length": length,
-                "config": dataclasses.asdict(candidates(mask, head_dim)[int(ranked[0])]),
-                "median_ms": {
-                    text_of(c): timings[str(i)].median_ms
-                    for i, c in enumerate(candidates(mask, head_dim))
-                    if str(i) in timings
-                },
-            }
-        )
-    table = {"command": f"python -m bench tune --gpu {options.gpu}", **results.origin(device)}
+        rows[kind] = _measure(kind, submitted, clock, options.repeats) | results.origin(device)
+    table = {"command": f"python -m bench tune --gpu {options.gpu}", "rows": list(rows.values())}
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{options.gpu}.json"
-    path.write_text(json.dumps(table | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     print(f"Written: {path}")
     return 0
+
+
+def _measured_before(gpu: str) -> dict[tuple[str, int, int], dict[str, Any]]:
+    text = (tuning.TABLES / f"{gpu}.json").read_text(encoding="utf-8")
+    return {(r["mask"], r["head_dim"], r["length"]): r for r in json.loads(text)["rows"]}
+
+
+def _measure(
+    kind: tuple[str, int, int], submitted: dict[str, Any], clock: Clock, repeats: int
+) -> dict[str, Any]:
+    """A row of the table."""
+    problem, (mask, head_dim, length) = problem_of(*kind), kind
+    timings, faults = measure(problem, submitted, clock, repeats)
+    for name, reason in faults.items():
+        print(f"{problem.label} {name}: {reason}")
+    configs = dict(enumerate(candidates(mask, head_dim)))
+    times = {i: timings[str(i)].median_ms for i in configs if str(i) in timings}
+    fastest = configs[min(times, key=lambda i: times[i])]
+    print(f"{problem.label}: {text_of(fastest)}", sorted(round(t, 4) for t in times.values()))
+    return {
+        "mask": mask,
+        "head_dim": head_dim,
+        "length": length,
+        "config": dataclasses.asdict(fastest),
+        "median_ms": {text_of(configs[i]): t for i, t in times.items()},
+    }
 
 
 def _submit(compiler: Compiler, mask: str, head_dim: int, length: int) -> dict[str, Any]:

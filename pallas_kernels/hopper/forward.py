@@ -81,14 +81,12 @@ def consume(k: Kernel) -> None:
         return round_ + 1, step, tile, carry
 
     zero = jnp.int32(0)
-    if k.config.ping_pong:
-        pl.when(c.me == k.config.consumers - 1)(lambda: mosaic.barrier_arrive(k.refs.turn.at[0]))
+    pl.when(c.me == k.config.consumers - 1)(lambda: pass_turn(c))
     tile, work = next_tile(k, zero)
     state = (zero, zero, tile, begin(c, work, zero, zero))
     rounds, *_ = lax.while_loop(lambda state: state[2] < k.schedule.tiles, attend, state)
     mosaic.barrier_arrive(k.refs.q_free.at[lax.rem(rounds, k.config.q_stages)])
-    if k.config.ping_pong:
-        pl.when(c.me == 0)(lambda: mosaic.barrier_wait(k.refs.turn.at[0]))
+    pl.when(c.me == 0)(lambda: wait_turn(c))
     mosaic.wait_smem_to_gmem(0)
 
 
@@ -193,14 +191,24 @@ def start_products(
     c: Consumer, q_stage: Any, stage: Any, carry: Carry, before: Any
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Starts S = Q K^T and O += P V; returns S, and O, which still runs."""
-    turn, consumers = c.k.refs.turn, c.k.config.consumers
-    if c.k.config.ping_pong:
-        mosaic.barrier_wait(turn.at[c.me])
+    wait_turn(c)
     s = start_scores(c, q_stage, stage)
     o = mosaic.start_columns(carry.p, c.k.refs.v_smem.at(before), carry.o)
-    if c.k.config.ping_pong:
-        mosaic.barrier_arrive(turn.at[lax.rem(c.me + 1, consumers)])
+    pass_turn(c)
     return mosaic.settle(s, in_flight=len(o)), o
+
+
+def wait_turn(c: Consumer) -> None:
+    """Until the products of the consumers before have started."""
+    if c.k.config.ping_pong:
+        mosaic.barrier_wait(c.k.refs.turn.at[c.me])
+
+
+def pass_turn(c: Consumer) -> None:
+    """To the next consumer, round and round."""
+    if c.k.config.ping_pong:
+        following = lax.rem(c.me + 1, c.k.config.consumers)
+        mosaic.barrier_arrive(c.k.refs.turn.at[following])
 
 
 def settled(o: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:

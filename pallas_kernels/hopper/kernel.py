@@ -126,7 +126,17 @@ class Kernel(NamedTuple):
     @property
     def unit(self) -> float:
         """What turns the result of `Visit.logits` into logits to base 2."""
-        return LOG2_E if self.modifies else self.problem.scale * LOG2_E
+        return self.problem.scale * LOG2_E if self.scales_late else LOG2_E
+
+    @property
+    def scales_late(self) -> bool:
+        """Whether ``q.k`` is scaled by the multiplication that changes the base.
+
+        What is added to it, ALiBi, is then divided by the scale: once, not once an element.
+        """
+        p = self.problem
+        others = (p.operands.bias, p.soft_cap, p.score_mod)
+        return p.scale > 0 and all(option is None for option in others)
 
     @property
     def hides_keys(self) -> bool:

@@ -84,7 +84,9 @@ class Visit(NamedTuple):
         problem = self.k.problem
         if self.k.modifies:
             assert self.tile is not None
-            s = tiles.modified(problem, self.tile, self.key0, s * problem.scale)
+            unit = problem.scale if self.k.scales_late else 1.0
+            s = s * (problem.scale / unit)
+            s = tiles.modified(problem, self.tile, self.key0, s, unit)
         if self.masked:
             assert self.tile is not None
             key0 = self.key0

@@ -126,16 +126,22 @@ def band_of(problem: spec.Problem, x: spec.Operands, batch: Any) -> spec.Band:
     return problem.band.shift(x.query_offset[batch])
 
 
-def modified(problem: spec.Problem, tile: spec.Tile, key0: Any, s: jax.Array) -> jax.Array:
-    """`spec.score.modify`, counting keys as `counted_from` does, in floating point.
+def modified(
+    problem: spec.Problem, tile: spec.Tile, key0: Any, s: jax.Array, unit: float
+) -> jax.Array:
+    """`spec.score.modify` of logits that are given, and returned, in multiples of ``unit``.
 
-    Distances are then a subtraction of a constant; from integers they would be converted one by
-    one, on the unit that computes exponentials.
+    Keys are counted as `counted_from` does, in floating point: distances are then a subtraction of
+    a constant; from integers they would be converted one by one, on the unit that computes
+    exponentials.
     """
-    if problem.score_mod is None and tile.parameters.alibi_slope is not None:
+    slope = tile.parameters.alibi_slope
+    if problem.score_mod is None and slope is not None:
         tile = counted_from(tile, key0)
         tile = tile._replace(
-            key=tile.key.astype(jnp.float32), position=tile.position.astype(jnp.float32)
+            key=tile.key.astype(jnp.float32),
+            position=tile.position.astype(jnp.float32),
+            parameters=tile.parameters._replace(alibi_slope=slope / unit),
         )
     return spec.score.modify(problem, tile, s)
 
