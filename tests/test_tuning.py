@@ -52,12 +52,12 @@ def _row(mask: str, head_dim: int, length: int) -> hopper.Config:
     return hopper.Config(**row["config"])
 
 
-def test_lookup_takes_the_next_head_dim_and_the_next_shorter_length() -> None:
+def test_lookup_takes_the_next_head_dim_and_the_nearest_length() -> None:
     assert tuning.hopper_config(_problem(1024, 64)) == _row("full", 64, 1024)
-    assert tuning.hopper_config(_problem(2047, 40)) == _row("full", 64, 1024)
+    assert tuning.hopper_config(_problem(2047, 40)) == _row("full", 64, 2048)
     assert tuning.hopper_config(_problem(2048, 40)) == _row("full", 64, 2048)
     assert tuning.hopper_config(_problem(8, 64)) == _row("full", 64, 512)
-    assert tuning.hopper_config(_problem(10**6, 72, is_causal=True)) == _row("band", 128, 4096)
+    assert tuning.hopper_config(_problem(10**6, 72, is_causal=True)) == _row("band", 128, 16384)
     assert _row("full", 64, 1024) != _row("full", 64, 2048)
 
 

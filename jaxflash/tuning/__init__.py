@@ -7,6 +7,7 @@ traced; nothing is tuned at run time.
 import dataclasses
 import functools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def hopper_forward(problem: spec.Problem, operands: spec.Operands) -> tuple[jax.
 
 
 def hopper_config(problem: spec.Problem) -> hopper.Config:
-    """The one measured for the next larger head dim, and for the length, or the next shorter."""
+    """The one measured for the next larger head dim, and for the nearest length by ratio."""
     kind = Kind.of(problem)
     rows = [r for r in _rows(_gpu(problem.device)) if r["mask"] == kind.mask]
     head_dims = [r["head_dim"] for r in rows if r["head_dim"] >= kind.head_dim]
@@ -54,11 +55,7 @@ def hopper_config(problem: spec.Problem) -> hopper.Config:
     if not head_dims or problem.Hv <= 128 < problem.H:
         return hopper.Config.default(problem)
     rows = [r for r in rows if r["head_dim"] == min(head_dims)]
-    shorter = [r for r in rows if r["length"] <= kind.length]
-    if shorter:
-        row = max(shorter, key=lambda r: r["length"])
-    else:
-        row = min(rows, key=lambda r: r["length"])
+    row = min(rows, key=lambda r: abs(math.log(r["length"] / max(kind.length, 1))))
     return hopper.Config(**row["config"])
 
 

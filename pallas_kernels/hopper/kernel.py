@@ -125,18 +125,14 @@ class Kernel(NamedTuple):
 
     @property
     def unit(self) -> float:
-        """What turns the result of `Visit.logits` into logits to base 2."""
-        return self.problem.scale * LOG2_E if self.scales_late else LOG2_E
+        """What `Visit.logits` are multiples of: one that saves a multiplication of each.
 
-    @property
-    def scales_late(self) -> bool:
-        """Whether ``q.k`` is scaled by the multiplication that changes the base.
-
-        What is added to it, ALiBi, is then divided by the scale: once, not once an element.
+        What is added to ``q.k``, ALiBi, and what it is capped by are divided by it beforehand.
         """
         p = self.problem
-        others = (p.operands.bias, p.soft_cap, p.score_mod)
-        return p.scale > 0 and all(option is None for option in others)
+        if p.operands.bias is not None or p.score_mod is not None:
+            return 1.0
+        return p.soft_cap or (p.scale if p.scale > 0 else 1.0)
 
     @property
     def hides_keys(self) -> bool:

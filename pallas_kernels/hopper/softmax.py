@@ -67,11 +67,11 @@ class Visit(NamedTuple):
     def softmax(self, stats: Stats, s: jax.Array) -> tuple[Stats, jax.Array, jax.Array]:
         """Takes scores into the statistics; returns the decay of what came before, and P."""
         k, problem = self.k, self.k.problem
-        s = self.logits(s)
-        m = jnp.maximum(stats.m, jnp.max(s, axis=1) * k.unit)
+        s, unit = self.logits(s), k.unit * LOG2_E
+        m = jnp.maximum(stats.m, jnp.max(s, axis=1) * unit)
         base = jnp.where(m == -math.inf, 0.0, m) if self.masked or k.modifies else m
         decay = jnp.exp2(stats.m - base)
-        p = jnp.exp2(s * k.unit - mosaic.spread_rows(base, s.shape))
+        p = jnp.exp2(s * unit - mosaic.spread_rows(base, s.shape))
         stats = Stats(m, stats.l * decay + jnp.sum(p, axis=1))
         if problem.dropout_rate > 0:
             assert self.tile is not None
@@ -80,13 +80,11 @@ class Visit(NamedTuple):
         return stats, decay, p
 
     def logits(self, s: jax.Array) -> jax.Array:
-        """-inf where hidden, and otherwise logits when multiplied by ``k.unit``."""
-        problem = self.k.problem
+        """Logits in multiples of ``k.unit``, -inf where hidden."""
+        problem, unit = self.k.problem, self.k.unit
         if self.k.modifies:
             assert self.tile is not None
-            unit = problem.scale if self.k.scales_late else 1.0
-            s = s * (problem.scale / unit)
-            s = tiles.modified(problem, self.tile, self.key0, s, unit)
+            s = tiles.modified(problem, self.tile, self.key0, s * (problem.scale / unit), unit)
         if self.masked:
             assert self.tile is not None
             key0 = self.key0

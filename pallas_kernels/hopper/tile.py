@@ -131,11 +131,15 @@ def modified(
 ) -> jax.Array:
     """`spec.score.modify` of logits that are given, and returned, in multiples of ``unit``.
 
+    Those that a bias is added to, or that a function modifies, are given in multiples of 1.
+
     Keys are counted as `counted_from` does, in floating point: distances are then a subtraction of
     a constant; from integers they would be converted one by one, on the unit that computes
     exponentials.
     """
     slope = tile.parameters.alibi_slope
+    if problem.soft_cap is not None:
+        problem = dataclasses.replace(problem, soft_cap=problem.soft_cap / unit)
     if problem.score_mod is None and slope is not None:
         tile = counted_from(tile, key0)
         tile = tile._replace(
