@@ -15,17 +15,22 @@ from pallas_kernels.spec import Operands, Problem
 
 
 class BlockMap(NamedTuple):
-    """Axes of batch and head have size 1 where they make no difference."""
+    """The tiles that others visit. Axes of batch and head have size 1 where they tell nothing.
 
-    # [B|1, N|1, q_blocks, kv_blocks] int32: the tiles of keys in the order of visits, those that
-    # need a mask first; each is twice its index, plus one if it has keys that no row sees.
+    Tiles of queries visit tiles of keys, or, where `by_key` made the map, the reverse.
+    """
+
+    # [B|1, N|1, blocks, visits] int32: the tiles in the order of visits, those that need a mask
+    # first; each is twice its index, plus one if the tile of keys has some that nobody sees.
     visits: Any
-    masked: Any  # [B|1, N|1, q_blocks] int32: how many need a mask
-    count: Any  # [B|1, N|1, q_blocks] int32: how many there are
-    seen: Any  # [B|1, N|1, kv_blocks * block_kv] int8: keys that some row may see
+    masked: Any  # [B|1, N|1, blocks] int32: how many need a mask
+    count: Any  # [B|1, N|1, blocks] int32: how many there are
+    # [B|1, heads|1, kv_blocks * block_kv] int8: keys that a row of the head may see, by key: a row
+    # of some head of the group.
+    seen: Any
 
     def walk(self, at: tuple[Any, ...]) -> Walk:
-        """The visits of one tile of queries; inside a kernel."""
+        """The visits of one tile; inside a kernel."""
         count, masked = self.count[at], self.masked[at]
         return Walk(
             jnp.maximum(count, 1),
@@ -43,21 +48,50 @@ def needs_map(problem: Problem) -> bool:
 
 
 def block_map(problem: Problem, x: Operands, block_q: int, block_kv: int) -> BlockMap:
-    """The map of all tiles of ``block_q`` x ``block_kv`` logits."""
+    """Which tiles of keys each tile of queries visits."""
+    some, every, seen = _look(problem, x, block_q, block_kv)
+    entries, masked, count = _ordered(some, every)
+    hiding = jnp.broadcast_to(_hiding(seen, block_kv)[..., None, :], some.shape)
+    hiding = jnp.take_along_axis(hiding, entries, axis=-1)
+    return BlockMap(2 * entries + hiding, masked, count, _flags(seen, block_kv))
+
+
+def by_key(problem: Problem, x: Operands, block_q: int, block_kv: int) -> BlockMap:
+    """Which tiles of queries each tile of keys visits."""
+    some, every, seen = _look(problem, x, block_q, block_kv)
+    entries, masked, count = _ordered(some.mT, every.mT)
+    if seen.shape[1] > 1:
+        seen = jnp.any(seen.reshape(seen.shape[0], problem.K, problem.G, -1), axis=2)
+    hiding = _hiding(seen, block_kv)
+    if hiding.shape[1] > 1:
+        hiding = jnp.repeat(hiding, problem.G, axis=1)
+    return BlockMap(2 * entries + hiding[..., None], masked, count, _flags(seen, block_kv))
+
+
+def _look(problem: Problem, x: Operands, block_q: int, block_kv: int) -> Any:
+    """Whether tiles have visible elements, only visible ones; and keys that somebody sees."""
     elementwise = x.mask is not None or problem.mask_mod is not None
-    look = _by_elements if elementwise else _by_ranges
-    some, every, seen = look(problem, x, block_q, block_kv)
-    partial = some & ~every
-    blocks = jnp.arange(some.shape[-1], dtype=jnp.int32)
+    return (_by_elements if elementwise else _by_ranges)(problem, x, block_q, block_kv)
+
+
+def _ordered(some: jax.Array, every: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The tiles of each row of tiles, those that need a mask first; how many do; how many."""
+    partial, blocks = some & ~every, jnp.arange(some.shape[-1], dtype=jnp.int32)
     masked, count = (jnp.sum(m, axis=-1, dtype=jnp.int32) for m in (partial, some))
     place = jnp.where(
         partial, _rank(partial), jnp.where(some, masked[..., None] + _rank(some & every), -1)
     )
-    here = place[..., None, :] == blocks[:, None]  # [B|1, N|1, q_blocks, visit, tile]
-    hiding = ~jnp.all(_blocks(seen, -1, block_kv, True), axis=-1)
-    entry = (2 * blocks + hiding)[..., None, None, :]
-    visits = jnp.sum(jnp.where(here, entry, 0), axis=-1, dtype=jnp.int32)
-    return BlockMap(visits, masked, count, _cover(seen, -1, block_kv, False).astype(jnp.int8))
+    here = place[..., None, :] == blocks[:, None]  # [B|1, N|1, blocks, visit, tile]
+    return jnp.sum(jnp.where(here, blocks, 0), axis=-1, dtype=jnp.int32), masked, count
+
+
+def _hiding(seen: jax.Array, block_kv: int) -> jax.Array:
+    """Which tiles of keys have some that nobody sees."""
+    return ~jnp.all(_blocks(seen, -1, block_kv, True), axis=-1)
+
+
+def _flags(seen: jax.Array, block_kv: int) -> jax.Array:
+    return _cover(seen, -1, block_kv, False).astype(jnp.int8)
 
 
 def _by_elements(problem: Problem, x: Operands, block_q: int, block_kv: int) -> Any:

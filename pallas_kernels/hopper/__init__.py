@@ -1,6 +1,8 @@
 """Mosaic GPU kernels for Hopper (sm_90a)."""
 
+from pallas_kernels.hopper.backward import backward, supports_backward
+from pallas_kernels.hopper.backward_kernel import BackwardConfig
 from pallas_kernels.hopper.config import Config
 from pallas_kernels.hopper.forward import forward, supports
 
-__all__ = ["Config", "forward", "supports"]
+__all__ = ["BackwardConfig", "Config", "backward", "forward", "supports", "supports_backward"]

@@ -30,27 +30,27 @@ from jax import lax
 from pallas_kernels import mosaic, spec
 from pallas_kernels.common.block_map import block_map, needs_map
 from pallas_kernels.common.schedule import Schedule, Work, largest_divisor
+from pallas_kernels.hopper import gpu
 from pallas_kernels.hopper import tile as tiles
 from pallas_kernels.hopper.config import REGISTERS, ROWS, Config
-from pallas_kernels.hopper.kernel import Forms, Kernel
+from pallas_kernels.hopper.kernel import Forms, Forward
 from pallas_kernels.hopper.producer import produce
 from pallas_kernels.hopper.softmax import Stats, Visit
-
-# Keys and values of heads that are worked on together should stay in the L2 cache.
-_L2_BYTES = 2**24
 
 
 class Consumer(NamedTuple):
     """A warpgroup that computes."""
 
-    k: Kernel
+    k: Forward
     me: Any  # which one
 
     def row0(self, work: Work) -> Any:
         return work.q_block * self.k.config.block_q + self.me * ROWS
 
     def visit(self, work: Work, number: Any, masked: bool) -> Visit:
-        return Visit.of(self.k, work, self.row0(work), number, masked)
+        key0 = self.k.walk(work).tile(number) * self.k.config.block_kv
+        span = tiles.Span(self.row0(work), key0, (ROWS, self.k.config.block_kv))
+        return Visit.of(self.k, work, span, masked)
 
 
 class Carry(NamedTuple):
@@ -61,13 +61,13 @@ class Carry(NamedTuple):
     o: tuple[jax.Array, ...]  # pieces of [64, Hv] float32, not normalised
 
     @classmethod
-    def first(cls, k: Kernel, stats: Stats, p: jax.Array) -> "Carry":
+    def first(cls, k: Forward, stats: Stats, p: jax.Array) -> "Carry":
         pieces = k.forms.v.pieces
         o = tuple(mosaic.full((ROWS, piece.columns), 0, jnp.float32) for piece in pieces)
         return cls(stats, p.astype(k.problem.dtype), o)
 
 
-def consume(k: Kernel) -> None:
+def consume(k: Forward) -> None:
     """Computes 64 rows of each tile of this block."""
     c = Consumer(k, lax.axis_index("warpgroup"))
 
@@ -90,7 +90,7 @@ def consume(k: Kernel) -> None:
     mosaic.wait_smem_to_gmem(0)
 
 
-def next_tile(k: Kernel, round_: Any) -> tuple[Any, Work]:
+def next_tile(k: Forward, round_: Any) -> tuple[Any, Work]:
     """Waits for the Q of a round; returns which tile it is, beyond the last if there is none."""
     stage = lax.rem(round_, k.config.q_stages)
     mosaic.barrier_wait(k.refs.q_full.at[stage])
@@ -221,7 +221,7 @@ def start_scores(c: Consumer, q_stage: Any, stage: Any) -> jax.Array:
     return mosaic.start(r.q_smem.at(q_stage, c.me), r.k_smem.at(stage), transpose_b=True)
 
 
-def wait_early(k: Kernel, more: Any, step: Any) -> None:
+def wait_early(k: Forward, more: Any, step: Any) -> None:
     """Waits for the next K before the product that runs has ended.
 
     The jump in here stops ptxas from moving the wait for that product above the exponentials.
@@ -297,12 +297,12 @@ def forward(
     x = tiles.prepare(problem, operands, q_blocks * c.block_q, kv_blocks * c.block_kv)
     x = forms.arrays(x)
     schedule = Schedule(p.B, p.N, q_blocks, _heads_at_once(p))
-    blocks = min(blocks or _multiprocessors(problem.device), schedule.tiles)
+    blocks = min(blocks or gpu.multiprocessors(problem.device), schedule.tiles)
     leaves, tree = jax.tree.flatten((x, found))
 
     def forward_kernel(*refs: mosaic.Ref) -> None:
         x, found = jax.tree.unflatten(tree, refs[: len(leaves)])
-        k = Kernel(p, c, schedule, blocks, forms, forms.refs(x, found, *refs[len(leaves) :]))
+        k = Forward(p, c, schedule, blocks, forms, forms.refs(x, found, *refs[len(leaves) :]))
         of_consumer, of_producer = REGISTERS[c.consumers][k.hides_keys]
 
         @pl.when(lax.axis_index("warpgroup") < c.consumers)
@@ -339,15 +339,7 @@ def _heads_at_once(p: spec.Problem) -> int:
     if p.band.is_unbounded:
         return 1
     of_kv_head = p.S * (p.H + p.Hv) * p.dtype.itemsize
-    return largest_divisor(p.B * p.N, max(1, _L2_BYTES // of_kv_head) * p.G)
-
-
-def _multiprocessors(device: spec.Device) -> int:
-    """Of a Hopper GPU; one too many would cost time, and nothing else."""
-    for name, count in (("H100 PCIe", 114), ("H20-", 78), ("H20 ", 78)):
-        if name in f"{device.kind} ":
-            return count
-    return 132
+    return largest_divisor(p.B * p.N, max(1, gpu.L2_BYTES // of_kv_head) * p.G)
 
 
 _MAX_HEAD_DIM = 256
@@ -356,7 +348,7 @@ _MAX_HEAD_DIM = 256
 def supports(problem: spec.Problem) -> str | None:
     """Why these kernels cannot run a problem, or None."""
     p = problem
-    if not (_is_hopper(p.device) or mosaic.is_interpreting()):
+    if not (gpu.is_hopper(p.device) or mosaic.is_interpreting()):
         return f"needs a Hopper GPU (H100, H200); this device is {p.device.kind}"
     if p.dtype not in (jnp.bfloat16, jnp.float16):
         return f"multiplies bfloat16 and float16; got {p.dtype}"
@@ -376,8 +368,3 @@ def _refused_function(problem: spec.Problem) -> str | None:
     x = problem.operands
     wide = [c.dtype for c in (*x.score_consts, *x.mask_consts) if c.dtype.itemsize > 4]
     return f"takes captured arrays of at most 32 bits; got {wide[0]}" if wide else None
-
-
-def _is_hopper(device: spec.Device) -> bool:
-    names = ("H100", "H200", "H800", "H20", "GH200")
-    return device.platform == "gpu" and any(name in device.kind for name in names)

@@ -1,5 +1,6 @@
 """What the roles of the forward share: where things are, and which tiles there are."""
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -88,29 +89,16 @@ class Forms(NamedTuple):
         return Refs(x, found, out_gmem, lse_gmem, *matrices, *others)
 
 
-class Kernel(NamedTuple):
-    """The problem at hand, and how it is cut."""
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """The problem at hand, and how it is cut. What forward and backward have in common."""
 
     problem: spec.Problem
-    config: Config
+    config: Any
     schedule: Schedule
     blocks: int
-    forms: Forms
-    refs: Refs
-
-    def walk(self, work: Work) -> Walk:
-        """The tiles of keys that a tile of queries visits."""
-        c, p, x, found = self.config, self.problem, self.refs.x, self.refs.map
-        if found is not None:
-            return found.walk((*tiles.heads_of(found.count, work), work.q_block))
-        first = work.q_block * c.block_q
-        rows = tiles.row_count(p, x, work.batch)
-        keys = tiles.key_count(p, x, work.batch)
-        if x.query_lengths is not None:
-            keys = jnp.where(first < rows, keys, 0)
-            rows = jnp.maximum(rows, first + 1)
-        stop = jnp.minimum(first + c.block_q, rows)
-        return of_band(tiles.band_of(p, x, work.batch), (first, stop), keys, c.block_kv)
+    forms: Any
+    refs: Any
 
     @property
     def masks(self) -> bool:
@@ -151,3 +139,25 @@ class Kernel(NamedTuple):
         if p.masks_by_data or p.static_band is None or self.modifies:
             return True
         return p.static_band.transpose().any_keys(0, p.S, p.T) != (0, p.T)
+
+
+class Forward(Kernel):
+    """The kernel of the forward."""
+
+    config: Config
+    forms: Forms
+    refs: Refs
+
+    def walk(self, work: Work) -> Walk:
+        """The tiles of keys that a tile of queries visits."""
+        c, p, x, found = self.config, self.problem, self.refs.x, self.refs.map
+        if found is not None:
+            return found.walk((*tiles.heads_of(found.count, work), work.q_block))
+        first = work.q_block * c.block_q
+        rows = tiles.row_count(p, x, work.batch)
+        keys = tiles.key_count(p, x, work.batch)
+        if x.query_lengths is not None:
+            keys = jnp.where(first < rows, keys, 0)
+            rows = jnp.maximum(rows, first + 1)
+        stop = jnp.minimum(first + c.block_q, rows)
+        return of_band(tiles.band_of(p, x, work.batch), (first, stop), keys, c.block_kv)

@@ -1,5 +1,7 @@
 """The producer of the forward: copies tiles into shared memory, and says which tile comes next."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,13 +11,12 @@ from jax import lax
 
 from pallas_kernels import mosaic
 from pallas_kernels.common.schedule import Work
-from pallas_kernels.common.walk import Walk
 from pallas_kernels.hopper import tile as tiles
 from pallas_kernels.hopper.config import ROWS
-from pallas_kernels.hopper.kernel import Kernel
+from pallas_kernels.hopper.kernel import Forward, Kernel
 
 
-def produce(k: Kernel) -> None:
+def produce(k: Forward) -> None:
     """Copies Q, K and V of each tile of this block."""
     c, r = k.config, k.refs
     block, counter = lax.axis_index("block"), mosaic.counter()
@@ -43,7 +44,7 @@ def produce(k: Kernel) -> None:
     drain(steps, c.stages, r.k_free, r.v_free)
 
 
-def announce(k: Kernel, round_: Any, tile: Any) -> Any:
+def announce(k: Forward, round_: Any, tile: Any) -> Any:
     """Tells the consumers which tile comes next; returns the stage of its Q."""
     r, stage = k.refs, lax.rem(round_, k.config.q_stages)
     pl.when(round_ >= k.config.q_stages)(lambda: mosaic.barrier_wait(r.q_free.at[stage]))
@@ -53,7 +54,7 @@ def announce(k: Kernel, round_: Any, tile: Any) -> Any:
     return stage
 
 
-def produce_keys(k: Kernel, work: Work, step: Any) -> Any:
+def produce_keys(k: Forward, work: Work, step: Any) -> Any:
     """Copies K and V of each visit of a tile of queries; returns how many there are."""
     c, r = k.config, k.refs
     walk, head = k.walk(work), lax.div(work.head, k.problem.G)
@@ -62,7 +63,8 @@ def produce_keys(k: Kernel, work: Work, step: Any) -> Any:
         stage, kv_block = lax.rem(step + j, c.stages), walk.tile(j)
         keys = pl.ds(kv_block * c.block_kv, c.block_kv)
         # Before the waits: what it loads comes while they last.
-        hidden = Hidden.of(k, work, walk, j) if k.hides_keys else None
+        by_data = walk.hides and functools.partial(walk.hides, j)
+        hidden = Hidden.of(k, work, kv_block, by_data) if k.hides_keys else None
         again = step + j >= c.stages
         pl.when(again)(lambda: mosaic.barrier_wait(r.k_free.at[stage]))
         k_gmem, v_gmem = (x.at[work.batch, keys, head] for x in (r.x.key, r.x.value))
@@ -74,7 +76,7 @@ def produce_keys(k: Kernel, work: Work, step: Any) -> Any:
     return walk.count
 
 
-def produce_values(k: Kernel, hidden: "Hidden | None", v_gmem: mosaic.Ref, stage: Any) -> None:
+def produce_values(k: Forward, hidden: "Hidden | None", v_gmem: mosaic.Ref, stage: Any) -> None:
     """Copies a tile of V, and zeroes the rows of keys that nobody sees."""
     r, v_smem = k.refs, k.refs.v_smem.at(stage)
     if hidden is None:
@@ -91,13 +93,18 @@ def produce_values(k: Kernel, hidden: "Hidden | None", v_gmem: mosaic.Ref, stage
         mosaic.barrier_wait(r.v_raw)
         # Parts may overlap: what is zeroed twice is zero.
         for row in (*range(0, k.config.block_kv - ROWS, ROWS), k.config.block_kv - ROWS):
-            for strip, _, _ in v_smem.strips():
-                part = strip.tiled.at[pl.ds(row, ROWS)]
-                values = mosaic.load_matrix(part)
-                seen = hidden.others(row, values.shape)
-                mosaic.store(part, jnp.where(seen, values, jnp.zeros((), values.dtype)))
+            zero_hidden(v_smem, row, functools.partial(hidden.others, row))
         mosaic.commit_smem()
         arrive(r.v_full.at[stage], k.forms.v.copies)
+
+
+def zero_hidden(matrix: mosaic.Matrix, row: int, seen: Callable[[Any], jax.Array]) -> None:
+    """Zeroes 64 rows of a matrix but for those that ``seen``, given a shape, says are seen."""
+    for strip, _, _ in matrix.strips():
+        part = strip.tiled.at[pl.ds(row, ROWS)]
+        values = mosaic.load_matrix(part)
+        kept = jnp.where(seen(values.shape), values, jnp.zeros((), values.dtype))
+        mosaic.store(part, kept)
 
 
 class Hidden(NamedTuple):
@@ -110,18 +117,19 @@ class Hidden(NamedTuple):
     flags: Any  # [keys] int8, zero where hidden; or None
 
     @classmethod
-    def of(cls, k: Kernel, work: Work, walk: Walk, visit: Any) -> "Hidden":
-        p, x, found = k.problem, k.refs.x, k.refs.map
-        key0, block_kv = walk.tile(visit) * k.config.block_kv, k.config.block_kv
+    def of(cls, k: Kernel, work: Any, kv_block: Any, by_data: Callable[[], Any] | None) -> "Hidden":
+        """The hidden keys of a tile; ``by_data`` is what a map of tiles says of ``some``."""
+        p, x, seen = k.problem, k.refs.x, k.refs.map and k.refs.map.seen
         rows = tiles.row_count(p, x, work.batch)
         keys = tiles.key_count(p, x, work.batch)
+        key0 = kv_block * k.config.block_kv
         start, stop = tiles.band_of(p, x, work.batch).any_keys(0, rows, keys)
-        beyond = jnp.where(stop == p.S, p.S + block_kv, stop)  # TMA has zeroed what lies beyond S
-        some = (key0 < start) | (key0 + block_kv > beyond)
-        if found is None or walk.hides is None:
+        end = key0 + k.config.block_kv
+        beyond = jnp.where(stop == p.S, p.S + k.config.block_kv, stop)  # TMA has zeroed the rest
+        some = (key0 < start) | (end > beyond)
+        if by_data is None:
             return cls(some, key0, start, stop, None)
-        flags = found.seen.at[*tiles.heads_of(found.seen, work)]
-        return cls(some | walk.hides(visit), key0, start, stop, flags)
+        return cls(some | by_data(), key0, start, stop, seen.at[*tiles.heads_of(seen, work)])
 
     def others(self, row: int, shape: tuple[int, ...]) -> jax.Array:
         """Which elements of a part of V belong to keys that somebody sees."""

@@ -49,47 +49,49 @@ class Visit(NamedTuple):
 
     k: Kernel
     masked: bool
-    tile: spec.Tile | None  # if something depends on it
-    key0: Any
+    span: tiles.Span | None  # if something depends on it
+    tile: spec.Tile | None
 
     @classmethod
-    def of(cls, k: Kernel, work: Work, row0: Any, number: Any, masked: bool) -> "Visit":
-        """The visit of some number of a tile of queries."""
+    def of(cls, k: Kernel, work: Work, span: tiles.Span, masked: bool) -> "Visit":
+        """The visit of a tile of logits."""
         if not (masked or k.modifies or k.problem.dropout_rate > 0):
             return cls(k, masked, None, None)
-        key0 = k.walk(work).tile(number) * k.config.block_kv
         # Opaque, so that what depends on it is not computed before the loop, to be held there.
-        row0, key0 = mosaic.opaque(row0), mosaic.opaque(key0)
-        shape = (ROWS, k.config.block_kv)
-        tile = tiles.tile_of(k.problem, k.refs.x, work, row0, key0, shape, masked)
-        return cls(k, masked, tile, key0)
+        span = span._replace(row0=mosaic.opaque(span.row0), key0=mosaic.opaque(span.key0))
+        return cls(k, masked, span, tiles.tile_of(k.problem, k.refs.x, work, span, masked))
 
     def softmax(self, stats: Stats, s: jax.Array) -> tuple[Stats, jax.Array, jax.Array]:
         """Takes scores into the statistics; returns the decay of what came before, and P."""
-        k, problem = self.k, self.k.problem
+        k = self.k
         s, unit = self.logits(s), k.unit * LOG2_E
         m = jnp.maximum(stats.m, jnp.max(s, axis=1) * unit)
         base = jnp.where(m == -math.inf, 0.0, m) if self.masked or k.modifies else m
         decay = jnp.exp2(stats.m - base)
         p = jnp.exp2(s * unit - mosaic.spread_rows(base, s.shape))
         stats = Stats(m, stats.l * decay + jnp.sum(p, axis=1))
-        if problem.dropout_rate > 0:
-            assert self.tile is not None
-            seed = k.refs.x.dropout_seed
-            p = spec.dropout.apply(problem, self.tile, (seed[0], seed[1]), p)
-        return stats, decay, p
+        return stats, decay, self.dropped(p)
+
+    def dropped(self, p: jax.Array) -> jax.Array:
+        """``p`` after dropout."""
+        if self.k.problem.dropout_rate == 0:
+            return p
+        assert self.tile is not None
+        seed = self.k.refs.x.dropout_seed
+        return spec.dropout.apply(self.k.problem, self.tile, (seed[0], seed[1]), p)
 
     def logits(self, s: jax.Array) -> jax.Array:
         """Logits in multiples of ``k.unit``, -inf where hidden."""
         problem, unit = self.k.problem, self.k.unit
+        span: Any = self.span
         if self.k.modifies:
             assert self.tile is not None
-            s = tiles.modified(problem, self.tile, self.key0, s * (problem.scale / unit), unit)
+            s = tiles.modified(problem, self.tile, span, s * (problem.scale / unit), unit)
         if self.masked:
             assert self.tile is not None
-            key0 = self.key0
             if self.k.modifies:  # one after the other, or registers run out
-                s, key0 = lax.optimization_barrier(s), mosaic.opaque(key0)
-            allowed = tiles.allowed(problem, self.tile, key0)
+                s = lax.optimization_barrier(s)
+                span = span._replace(key0=mosaic.opaque(span.key0))
+            allowed = tiles.allowed(problem, self.tile, span)
             s = s if allowed is None else jnp.where(allowed, s, -math.inf)
         return s

@@ -6,7 +6,7 @@ copied: queries, keys and values.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -60,41 +60,65 @@ def _flat(x: jax.Array) -> jax.Array:
     return x.reshape(-1).astype(jnp.int8 if x.dtype == jnp.bool_ else x.dtype)
 
 
+class Span(NamedTuple):
+    """Where a tile of logits lies."""
+
+    row0: Any
+    key0: Any
+    shape: tuple[int, int]  # of the matrix
+    turned: bool = False  # the matrix is S^T: its rows are keys
+
+    @property
+    def rows(self) -> tuple[Any, int]:
+        return self.row0, self.shape[1 if self.turned else 0]
+
+    @property
+    def keys(self) -> tuple[Any, int]:
+        return self.key0, self.shape[0 if self.turned else 1]
+
+    def spread(self, x: jax.Array, *, by_row: bool) -> jax.Array:
+        """A vector with an entry for each row of the logits, or for each key, as a matrix."""
+        down = by_row != self.turned
+        return (mosaic.spread_rows if down else mosaic.spread_columns)(x, self.shape)
+
+    def load(self, ref: mosaic.Ref, *, by_row: bool) -> jax.Array:
+        """Such a vector, loaded and spread."""
+        down = by_row != self.turned
+        return self.spread((mosaic.load_rows if down else mosaic.load_columns)(ref), by_row=by_row)
+
+
 def tile_of(
     problem: spec.Problem,
     x: spec.Operands,  # references
     work: Work,
-    row0: Any,
-    key0: Any,
-    shape: tuple[int, int],
+    span: Span,
     masked: bool,
 ) -> spec.Tile:
-    """The tile of one head over the rows and keys that start at ``row0`` and ``key0``.
+    """The tile of one head over a span.
 
     Query lengths are left out: rows beyond them are set right when the tile is done.
     """
     batch, head = work.batch, work.head
-    rows, keys = (row0, shape[0]), (key0, shape[1])
-    row = row0 + mosaic.iota(shape, 0)
+    row = span.row0 + mosaic.iota(span.shape, 1 if span.turned else 0)
     offset = problem.query_offset if x.query_offset is None else x.query_offset[batch]
     segments = masked and x.query_segment_ids is not None
-    row_ids = (x.query_segment_ids, rows, 0) if segments else None
-    key_ids = (x.key_value_segment_ids, keys, 1) if segments else None
     slopes = x.alibi_slopes
-    tail = x.key_value_lengths is not None or _sees_beyond(problem, shape[1])
+    tail = x.key_value_lengths is not None or _sees_beyond(problem, span.keys[1])
+    row_ids = x.query_segment_ids.at[batch, pl.ds(*span.rows)] if segments else None
+    key_ids = x.key_value_segment_ids.at[batch, pl.ds(*span.keys)] if segments else None
     return spec.Tile(
         batch=batch,
         head=head,
         row=row,
-        key=key0 + mosaic.iota(shape, 1),
+        key=span.key0 + mosaic.iota(span.shape, 0 if span.turned else 1),
         position=row + offset,
-        mask=_window(x.mask, work, rows, keys) != 0 if masked and x.mask is not None else None,
+        mask=_window(x.mask, work, span) != 0 if masked and x.mask is not None else None,
         key_value_length=key_count(problem, x, batch) if masked and tail else None,
-        query_segment=_vector(batch, shape, *row_ids) if row_ids else None,
-        key_value_segment=_vector(batch, shape, *key_ids) if key_ids else None,
+        query_segment=span.load(row_ids, by_row=True) if segments else None,
+        key_value_segment=span.load(key_ids, by_row=False) if segments else None,
         mask_consts=x.mask_consts,
         parameters=spec.ScoreParameters(
-            bias=None if x.bias is None else _window(x.bias, work, rows, keys),
+            bias=None if x.bias is None else _window(x.bias, work, span),
             alibi_slope=None if slopes is None else slopes[head],
             consts=x.score_consts,
         ),
@@ -127,7 +151,7 @@ def band_of(problem: spec.Problem, x: spec.Operands, batch: Any) -> spec.Band:
 
 
 def modified(
-    problem: spec.Problem, tile: spec.Tile, key0: Any, s: jax.Array, unit: float
+    problem: spec.Problem, tile: spec.Tile, span: Span, s: jax.Array, unit: float
 ) -> jax.Array:
     """`spec.score.modify` of logits that are given, and returned, in multiples of ``unit``.
 
@@ -141,7 +165,7 @@ def modified(
     if problem.soft_cap is not None:
         problem = dataclasses.replace(problem, soft_cap=problem.soft_cap / unit)
     if problem.score_mod is None and slope is not None:
-        tile = counted_from(tile, key0)
+        tile = counted_from(tile, span)
         tile = tile._replace(
             key=tile.key.astype(jnp.float32),
             position=tile.position.astype(jnp.float32),
@@ -150,27 +174,30 @@ def modified(
     return spec.score.modify(problem, tile, s)
 
 
-def allowed(problem: spec.Problem, tile: spec.Tile, key0: Any) -> Any:
+def allowed(problem: spec.Problem, tile: spec.Tile, span: Span) -> Any:
     """`spec.mask.allowed`, counting keys as `counted_from` does."""
     if problem.mask_mod is None:
-        tile = counted_from(tile, key0)
+        tile = counted_from(tile, span)
     return spec.mask.allowed(problem, tile)
 
 
-def counted_from(tile: spec.Tile, key0: Any) -> spec.Tile:
-    """The tile with keys counted so that a thread's columns are constants.
+def counted_from(tile: spec.Tile, span: Span) -> spec.Tile:
+    """The tile with positions and keys counted so that a thread's columns are constants.
 
     A comparison of a column with what is the same in a whole row is then one instruction and holds
     no register. What depends on differences alone may be counted from anywhere.
     """
-    column = mosaic.iota(tile.key.shape, 1)
+    column = mosaic.iota(span.shape, 1)
     first = column & _COLUMN_BITS
-    origin, length = key0 + first, tile.key_value_length
-    return tile._replace(
-        key=column - first,
-        position=tile.position - origin,
-        key_value_length=None if length is None else length - origin,
-    )
+    if span.turned:
+        origin = tile.position - column + first
+        position, key = column - first, tile.key - origin
+    else:
+        origin = span.key0 + first
+        position, key = tile.position - origin, column - first
+    length = tile.key_value_length
+    length = None if length is None else length - origin
+    return tile._replace(key=key, position=position, key_value_length=length)
 
 
 def heads_of(ref: mosaic.Ref, work: Work) -> tuple[Any, Any]:
@@ -179,22 +206,15 @@ def heads_of(ref: mosaic.Ref, work: Work) -> tuple[Any, Any]:
     return batch, work.head if ref.shape[1] > 1 else 0
 
 
-def _vector(batch: Any, shape: tuple[int, int], ref: mosaic.Ref, window: Any, axis: int) -> Any:
-    part = ref.at[batch, pl.ds(*window)]
-    if axis == 0:
-        return mosaic.spread_rows(mosaic.load_rows(part), shape)
-    return mosaic.spread_columns(mosaic.load_columns(part), shape)
-
-
-def _window(ref: mosaic.Ref, work: Work, rows: Any, keys: Any) -> Any:
-    """The part of [B|1, N|1, T|1, S|1] that a tile sees: [rows, keys], or a scalar."""
-    shape = (rows[1], keys[1])
+def _window(ref: mosaic.Ref, work: Work, span: Span) -> Any:
+    """The part of [B|1, N|1, T|1, S|1] that a tile sees: a matrix, or a scalar."""
     batch, head = heads_of(ref, work)
+    rows, keys = pl.ds(*span.rows), pl.ds(*span.keys)
     if ref.shape[2] > 1 and ref.shape[3] > 1:
-        return mosaic.load_matrix(ref.at[batch, head, pl.ds(*rows), pl.ds(*keys)])
+        part = ref.at[batch, head, rows, keys]
+        return mosaic.load_matrix(mosaic.swapped(part, (1, 0)) if span.turned else part)
     if ref.shape[2] > 1:
-        return mosaic.spread_rows(mosaic.load_rows(ref.at[batch, head, pl.ds(*rows), 0]), shape)
+        return span.load(ref.at[batch, head, rows, 0], by_row=True)
     if ref.shape[3] > 1:
-        part = ref.at[batch, head, 0, pl.ds(*keys)]
-        return mosaic.spread_columns(mosaic.load_columns(part), shape)
+        return span.load(ref.at[batch, head, 0, keys], by_row=False)
     return ref[batch, head, 0, 0]

@@ -29,8 +29,17 @@ from pallas_kernels.mosaic.evaluate import evaluate, refusal
 from pallas_kernels.mosaic.interpreter import RaceError, interpreting, is_interpreting
 from pallas_kernels.mosaic.launch import compiler_params, kernel
 from pallas_kernels.mosaic.matmul import matmul, settle, start, start_columns
-from pallas_kernels.mosaic.matrix import Form, Matrix, View, copied_columns, copy_in, copy_out
-from pallas_kernels.mosaic.memory import Ref, layout_cast, load, store, tiled_smem
+from pallas_kernels.mosaic.matrix import (
+    Form,
+    Matrix,
+    View,
+    add_out,
+    copied_columns,
+    copy_in,
+    copy_out,
+)
+from pallas_kernels.mosaic.memory import Ref, layout_cast, load, store, swapped, tiled_smem
+from pallas_kernels.mosaic.sums import Sums
 from pallas_kernels.mosaic.values import (
     full,
     iota,
@@ -52,7 +61,9 @@ __all__ = [
     "Matrix",
     "RaceError",
     "Ref",
+    "Sums",
     "View",
+    "add_out",
     "barrier_arrive",
     "barrier_wait",
     "commit_smem",
@@ -85,6 +96,7 @@ __all__ = [
     "start",
     "start_columns",
     "store",
+    "swapped",
     "take_number",
     "tiled_smem",
     "uniform",

@@ -93,6 +93,11 @@ class Form(NamedTuple):
         width = math.gcd(columns, rows, _WIDTHS[0])
         return cls((Piece(columns // width, rows, width),), columns)
 
+    @classmethod
+    def in_strips(cls, rows: int, columns: int, width: int) -> Form:
+        """In strips of one width, of which the last may reach beyond the array."""
+        return cls((Piece(-(-columns // width), rows, width),), columns)
+
     @property
     def columns(self) -> int:
         return sum(piece.columns for piece in self.pieces)
@@ -180,6 +185,16 @@ def copy_out(strip: View, gmem: Ref, column: int) -> None:
     """Starts the copy of a strip to an array [rows, columns], up to its end."""
     width = strip.tiled.shape[-1]
     plgpu.copy_smem_to_gmem(strip.copied, gmem.at[:, _columns(gmem, column, width)])
+
+
+def add_out(strip: View, gmem: Ref, column: Any) -> None:
+    """Starts the addition of a strip of float32 to an array [rows, columns].
+
+    The interpreter cannot add: there, each strip has a place of its own in the array.
+    """
+    options = {} if interpreter.is_interpreting() else {"reduction_op": "add"}
+    columns = pl.ds(column, strip.tiled.shape[-1])
+    plgpu.copy_smem_to_gmem(strip.copied, gmem.at[:, columns], **options)
 
 
 def _columns(gmem: Ref, start: int, width: int) -> Any:

@@ -1,0 +1,503 @@
+"""The backward in one pass: FlashAttention-3's (Shah et al. 2024), in Pallas for Mosaic GPU.
+
+A block takes a tile of 128 keys and visits the tiles of queries that see some of them. Each of two
+consumer warpgroups has 64 of the keys. Logits are computed turned, S^T, so that what a warpgroup
+multiplies with dO and Q to add to its own dV and dK, P^T and dS^T, is in its registers. The
+product dQ = dS K sums over all keys of the tile: dS goes through shared memory, each consumer
+multiplies a part, and TMA adds it to global memory in float32.
+
+Five products a visit, and one visit overlaps with the next: a consumer starts dV += P^T dO and
+dK += dS^T Q of the visit before, S^T = K Q^T, then dQ = dS K of the visit before and
+dP^T = V dO^T, and turns S^T into P^T and dP^T into dS^T while others run.
+
+`backward_kernel.Refs` is the map of shared memory; the producer is in `backward_producer`.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import mosaic, spec
+from pallas_kernels.common import block_map
+from pallas_kernels.common.schedule import Schedule, largest_divisor
+from pallas_kernels.hopper import gpu
+from pallas_kernels.hopper import tile as tiles
+from pallas_kernels.hopper.backward_kernel import (
+    CONSUMERS,
+    MOST_COLUMNS,
+    Backward,
+    BackwardConfig,
+    BackwardForms,
+    KeyWork,
+)
+from pallas_kernels.hopper.backward_producer import produce
+from pallas_kernels.hopper.config import REGISTERS, ROWS
+from pallas_kernels.hopper.kernel import LOG2_E
+from pallas_kernels.hopper.softmax import Visit
+
+
+class Consumer(NamedTuple):
+    """A warpgroup that computes."""
+
+    k: Backward
+    me: Any  # which one
+
+    def here(self, work: KeyWork, member: Any, number: Any, masked: bool, step: Any) -> "Here":
+        """A visit to a head, by its number."""
+        k = self.k
+        of_rows = k.of_group(work, member)
+        row0 = k.walk(work, member).tile(number) * k.config.block_q
+        key0 = work.kv_block * k.config.block_kv + self.me * ROWS
+        span = tiles.Span(row0, key0, (ROWS, k.config.block_q), turned=True)
+        visit = Visit.of(k, of_rows, span, masked)
+        return Here(visit, of_rows.head, row0, lax.rem(step, k.config.stages), lax.rem(step, 2))
+
+    @property
+    def share(self) -> tuple[Any, Any]:
+        """Of a tile of dQ: which strip of its rows, and which of its columns."""
+        return (0, self.me) if self.k.config.block_q == ROWS else (self.me, 0)
+
+
+class Here(NamedTuple):
+    """A visit, and where its rows are."""
+
+    visit: Visit
+    head: Any
+    row0: Any
+    stage: Any  # of Q and dO
+    slot: Any  # of dS
+
+
+def consume(k: Backward) -> None:
+    """Computes 64 rows of dK and dV of each tile of this block, and half of its dQ."""
+    c = Consumer(k, lax.axis_index("warpgroup"))
+
+    def next_tile() -> Any:
+        mosaic.barrier_wait(k.refs.kv_full)
+        return mosaic.uniform(k.refs.tile_smem[0])
+
+    def of_tile(state: tuple[Any, Any]) -> tuple[Any, Any]:
+        tile, step = state
+        step = attend(c, k.work(tile), step)
+        return next_tile(), step
+
+    state = (next_tile(), jnp.int32(0))
+    lax.while_loop(lambda state: state[0] < k.schedule.tiles, of_tile, state)
+    mosaic.barrier_arrive(k.refs.kv_free)
+    mosaic.wait_smem_to_gmem(0)
+
+
+def attend(c: Consumer, work: KeyWork, step: Any) -> Any:
+    """All visits of a tile of keys; returns the number of the next visit."""
+    k = c.k
+    begin, visit, finish = PLANS[k.config.plan.split('-')[0]]
+
+    def of_member(member: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
+        step, carry = state
+        walk = k.walk(work, member)
+        first: Any = 0
+
+        def visits(masked: bool) -> Any:
+            def one(j: Any, carry: Any) -> Any:
+                me = mosaic.uniform(c.me)
+                d = c._replace(me=me)
+                return visit(d, work, d.here(work, member, j, masked, step + j), carry)
+
+            return one
+
+        if k.masks:
+            carry = lax.fori_loop(0, walk.masked, visits(masked=True), carry)
+            first = walk.masked
+        carry = lax.fori_loop(first, walk.count, visits(masked=False), carry)
+        return step + mosaic.opaque(walk.count), carry
+
+    zeros = tuple(mosaic.full((ROWS, f.columns), 0, jnp.float32) for f in (k.forms.dk, k.forms.dv))
+    state = (step, begin(c, zeros))
+    if k.problem.G == 1:
+        state = of_member(0, state)
+    else:
+        state = lax.fori_loop(0, k.problem.G, of_member, state)
+    step, carry = state
+    dk, dv = finish(c, work, carry)
+    mosaic.barrier_arrive(k.refs.kv_free)
+    store(c, work, k.forms.dv, dv, k.refs.dv_gmem)
+    store(c, work, k.forms.dk, dk * k.problem.scale, k.refs.dk_gmem)
+    return step
+
+
+# plan C: FlashAttention-3's order
+def visit_c(c, work, here, carry):
+    k, r = c.k, c.k.refs
+    dk, dv = carry
+    mosaic.barrier_wait(r.q_full.at[here.stage])
+    s = start_scores(c, here.stage)
+    mosaic.barrier_wait(r.do_full.at[here.stage])
+    dp = start_dp(c, here.stage)
+    p = probabilities(c, here, mosaic.settle(s, in_flight=1))
+    p = lax.optimization_barrier(p)
+    ds, p = show_ds(c, here, p, mosaic.settle(dp))
+    (dv,) = mosaic.start_columns(p, r.do_smem.at(here.stage), (dv,))
+    dq = start_dq(c, here.slot)
+    dv = mosaic.settle(dv, in_flight=CONSUMERS)
+    (dk,) = mosaic.start_columns(ds, r.q_smem.at(here.stage), (dk,))
+    dq = mosaic.settle(dq, in_flight=1)
+    add_dq(c, work, here.head, here.row0, dq)
+    dk = mosaic.settle(dk)
+    mosaic.barrier_arrive(r.free.at[here.stage])
+    return dk, dv
+
+
+def visit_c2(c, work, here, carry):
+    """dV and dK first, then dQ."""
+    k, r = c.k, c.k.refs
+    dk, dv = carry
+    mosaic.barrier_wait(r.q_full.at[here.stage])
+    s = start_scores(c, here.stage)
+    mosaic.barrier_wait(r.do_full.at[here.stage])
+    dp = start_dp(c, here.stage)
+    p = probabilities(c, here, mosaic.settle(s, in_flight=1))
+    p = lax.optimization_barrier(p)
+    ds, p = show_ds(c, here, p, mosaic.settle(dp))
+    (dv,) = mosaic.start_columns(p, r.do_smem.at(here.stage), (dv,))
+    (dk,) = mosaic.start_columns(ds, r.q_smem.at(here.stage), (dk,))
+    dq = start_dq(c, here.slot)
+    dv, dk = (mosaic.settle(x, in_flight=CONSUMERS) for x in (dv, dk))
+    mosaic.barrier_arrive(r.free.at[here.stage])
+    dq = mosaic.settle(dq)
+    add_dq(c, work, here.head, here.row0, dq)
+    return dk, dv
+
+
+# plan D: dQ of a visit with S of the next
+class CarryD(NamedTuple):
+    dk: Any
+    dv: Any
+    head: Any
+    row0: Any
+    slot: Any
+    some: Any
+
+
+def begin_d(c, zeros):
+    zero = jnp.int32(0)
+    return CarryD(*zeros, zero, zero, zero, jnp.bool_(False))
+
+
+def visit_d(c, work, here, carry):
+    """S, then dQ of before; dV and dK settle at once."""
+    k, r = c.k, c.k.refs
+    dk, dv = carry.dk, carry.dv
+    mosaic.barrier_wait(r.q_full.at[here.stage])
+    s = start_scores(c, here.stage)
+    pl.when(carry.some)(lambda: mosaic.barrier_wait(r.ds_full.at[carry.slot]))
+    dq = start_dq(c, carry.slot, False)
+    p = probabilities(c, here, mosaic.settle(s, in_flight=CONSUMERS))
+    p = lax.optimization_barrier(p)
+    dq = mosaic.settle(dq)
+    mosaic.barrier_wait(r.do_full.at[here.stage])
+    dp = start_dp(c, here.stage)
+    p16 = here.visit.dropped(p).astype(k.problem.dtype)
+    (dv,) = mosaic.start_columns(p16, r.do_smem.at(here.stage), (dv,))
+    pl.when(carry.some)(lambda: add_dq(c, work, carry.head, carry.row0, dq))
+    dp = mosaic.settle(dp, in_flight=1)
+    ds, _ = show_ds(c, here, p, dp)
+    (dk,) = mosaic.start_columns(ds, r.q_smem.at(here.stage), (dk,))
+    dv = mosaic.settle(dv, in_flight=1)
+    dk = mosaic.settle(dk)
+    mosaic.barrier_arrive(r.free.at[here.stage])
+    return CarryD(dk, dv, here.head, here.row0, here.slot, jnp.bool_(True))
+
+
+def finish_d(c, work, carry):
+    mosaic.barrier_wait(c.k.refs.ds_full.at[carry.slot])
+    dq = mosaic.settle(start_dq(c, carry.slot, False))
+    add_dq(c, work, carry.head, carry.row0, dq)
+    return carry.dk, carry.dv
+
+
+def visit_e(c, work, here, carry):
+    """As D, dP started before dQ is awaited."""
+    k, r = c.k, c.k.refs
+    dk, dv = carry.dk, carry.dv
+    mosaic.barrier_wait(r.q_full.at[here.stage])
+    s = start_scores(c, here.stage)
+    pl.when(carry.some)(lambda: mosaic.barrier_wait(r.ds_full.at[carry.slot]))
+    dq = start_dq(c, carry.slot, False)
+    mosaic.barrier_wait(r.do_full.at[here.stage])
+    dp = start_dp(c, here.stage)
+    p = probabilities(c, here, mosaic.settle(s, in_flight=CONSUMERS + 1))
+    p = lax.optimization_barrier(p)
+    dq = mosaic.settle(dq, in_flight=1)
+    pl.when(carry.some)(lambda: add_dq(c, work, carry.head, carry.row0, dq))
+    p16 = here.visit.dropped(p).astype(k.problem.dtype)
+    dp = mosaic.settle(dp)
+    (dv,) = mosaic.start_columns(p16, r.do_smem.at(here.stage), (dv,))
+    ds, _ = show_ds(c, here, p, dp)
+    (dk,) = mosaic.start_columns(ds, r.q_smem.at(here.stage), (dk,))
+    dv = mosaic.settle(dv, in_flight=1)
+    dk = mosaic.settle(dk)
+    mosaic.barrier_arrive(r.free.at[here.stage])
+    return CarryD(dk, dv, here.head, here.row0, here.slot, jnp.bool_(True))
+
+
+def visit_f(c, work, here, carry):
+    """As C2, with a jump between the exponentials and the wait for dP."""
+    k, r = c.k, c.k.refs
+    dk, dv = carry
+    mosaic.barrier_wait(r.q_full.at[here.stage])
+    s = start_scores(c, here.stage)
+    mosaic.barrier_wait(r.do_full.at[here.stage])
+    dp = start_dp(c, here.stage)
+    p = probabilities(c, here, mosaic.settle(s, in_flight=1))
+    p = lax.optimization_barrier(p)
+    pl.when(mosaic.opaque(here.stage) > 5)(lambda: mosaic.barrier_wait(r.do_full.at[here.stage]))
+    ds, p = show_ds(c, here, p, mosaic.settle(dp))
+    (dv,) = mosaic.start_columns(p, r.do_smem.at(here.stage), (dv,))
+    dq = start_dq(c, here.slot)
+    dv = mosaic.settle(dv, in_flight=CONSUMERS)
+    (dk,) = mosaic.start_columns(ds, r.q_smem.at(here.stage), (dk,))
+    dq = mosaic.settle(dq, in_flight=1)
+    add_dq(c, work, here.head, here.row0, dq)
+    dk = mosaic.settle(dk)
+    mosaic.barrier_arrive(r.free.at[here.stage])
+    return dk, dv
+
+
+def visit_g(c, work, here, carry):
+    """dP after S is there."""
+    k, r = c.k, c.k.refs
+    dk, dv = carry
+    mosaic.barrier_wait(r.q_full.at[here.stage])
+    s = mosaic.settle(start_scores(c, here.stage))
+    mosaic.barrier_wait(r.do_full.at[here.stage])
+    dp = start_dp(c, here.stage)
+    p = probabilities(c, here, s)
+    p = lax.optimization_barrier(p)
+    p16 = here.visit.dropped(p).astype(k.problem.dtype)
+    dp = mosaic.settle(dp)
+    (dv,) = mosaic.start_columns(p16, r.do_smem.at(here.stage), (dv,))
+    ds, _ = show_ds(c, here, p, dp)
+    (dk,) = mosaic.start_columns(ds, r.q_smem.at(here.stage), (dk,))
+    dq = start_dq(c, here.slot)
+    dv, dk = (mosaic.settle(x, in_flight=CONSUMERS) for x in (dv, dk))
+    mosaic.barrier_arrive(r.free.at[here.stage])
+    dq = mosaic.settle(dq)
+    add_dq(c, work, here.head, here.row0, dq)
+    return dk, dv
+
+
+PLANS = {
+    "f": (lambda c, z: z, visit_f, lambda c, w, carry: carry),
+    "g": (lambda c, z: z, visit_g, lambda c, w, carry: carry),
+    "c": (lambda c, z: z, visit_c, lambda c, w, carry: carry),
+    "c2": (lambda c, z: z, visit_c2, lambda c, w, carry: carry),
+    "d": (begin_d, visit_d, finish_d),
+    "e": (begin_d, visit_e, finish_d),
+}
+
+
+def start_scores(c: Consumer, stage: Any) -> jax.Array:
+    """Starts S^T = K Q^T."""
+    r = c.k.refs
+    return mosaic.start(r.k_smem.at(c.me), r.q_smem.at(stage), transpose_b=True)
+
+
+def start_dp(c: Consumer, stage: Any) -> jax.Array:
+    """Starts dP^T = V dO^T."""
+    r = c.k.refs
+    return mosaic.start(r.v_smem.at(c.me), r.do_smem.at(stage), transpose_b=True)
+
+
+def start_dq(c: Consumer, slot: Any, wait: bool = True) -> jax.Array:
+    """Starts this consumer's share of dQ = dS K of a visit: a product for each one's keys."""
+    r = c.k.refs
+    rows, columns = c.share
+    if wait:
+        mosaic.barrier_wait(r.ds_full.at[slot])
+    dq = None
+    for i in range(CONSUMERS):
+        (ds,), (keys,) = r.ds_smem.at(slot, i).views, r.k_smem.at(i).views
+        dq = mosaic.start(ds.tiled.at[rows], keys.tiled.at[columns], dq, transpose_a=True)
+    assert dq is not None
+    return dq
+
+
+def probabilities(c: Consumer, here: Here, s: jax.Array) -> jax.Array:
+    """P^T from S^T and the lse of the forward."""
+    k = c.k
+    lse = mosaic.load_columns(k.refs.stats_smem.at[here.stage, pl.ds(0, k.config.block_q)])
+    base2 = here.visit.logits(s) * (k.unit * LOG2_E)
+    return jnp.exp2(base2 - mosaic.spread_columns(lse, s.shape))
+
+
+def show_ds(c: Consumer, here: Here, p: jax.Array, dp: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Computes dS^T = P^T (dP^T - delta), and shows it to the other consumer."""
+    k, block_q = c.k, c.k.config.block_q
+    delta = mosaic.load_columns(k.refs.stats_smem.at[here.stage, pl.ds(block_q, block_q)])
+    ds = p * (here.visit.dropped(dp) - mosaic.spread_columns(delta, p.shape))
+    ds = ds.astype(k.problem.dtype)
+    for strip, start, width in k.refs.ds_smem.at(here.slot, c.me).strips():
+        mosaic.store(strip.tiled, ds[:, start : start + width])
+    mosaic.commit_smem()
+    mosaic.barrier_arrive(k.refs.ds_full.at[here.slot])
+    return ds, here.visit.dropped(p).astype(k.problem.dtype)
+
+
+def add_dq(c: Consumer, work: KeyWork, head: Any, row0: Any, dq: jax.Array) -> None:
+    """Adds this consumer's share of dQ of the visit before to global memory."""
+    rows, columns = c.share
+    slab = work.kv_block if mosaic.is_interpreting() else 0
+    rows = pl.ds(row0 + rows * ROWS, ROWS)
+    dq_gmem = c.k.refs.dq_gmem.at[slab, work.batch, rows, head]
+    mosaic.wait_smem_to_gmem(0, wait_read_only=True)
+    places = list(c.k.refs.dq_smem.at(c.me).strips())
+    for strip, start, width in places:
+        mosaic.store(strip.tiled, dq[:, start : start + width])
+    mosaic.commit_smem()
+    if "nodq" in c.k.config.plan:
+        return
+    for strip, start, _ in places:
+        mosaic.add_out(strip, dq_gmem, columns * ROWS + start)
+
+
+def store(c: Consumer, work: KeyWork, form: mosaic.Form, x: jax.Array, gmem: mosaic.Ref) -> None:
+    """Stores this consumer's rows of dK or dV."""
+    k = c.k
+    keys = pl.ds(work.kv_block * k.config.block_kv + c.me * ROWS, ROWS)
+    gmem = gmem.at[work.batch, keys, work.head]
+    mosaic.wait_smem_to_gmem(0, wait_read_only=True)
+    places = list(k.refs.out_smem.at(c.me).strips())[: form.strips]
+    for strip, start, width in places:
+        mosaic.store(strip.tiled, x[:, start : start + width].astype(k.problem.dtype))
+    mosaic.commit_smem()
+    for strip, start, _ in places:
+        mosaic.copy_out(strip, gmem, start)
+
+
+# ---------------------------------------------------------------------------- host
+
+
+@functools.partial(jax.jit, static_argnums=(0, 6, 7))
+def backward(
+    problem: spec.Problem,
+    operands: spec.Operands,
+    out: jax.Array,
+    lse: jax.Array,
+    dout: jax.Array,
+    dlse: jax.Array,
+    config: BackwardConfig | None = None,
+    blocks: int | None = None,
+) -> spec.Operands:
+    """Gradients of the floating operands; None for the others.
+
+    Args:
+      problem: What `supports_backward` accepts.
+      operands: Its arrays.
+      out: [B, T, N, Hv], of the forward.
+      lse: [B, T, N] float32, likewise.
+      dout: Cotangent of ``out``.
+      dlse: Cotangent of ``lse``.
+      config: Default: see `BackwardConfig.default`.
+      blocks: Size of the grid. Default: one for each multiprocessor.
+    """
+    c = config or BackwardConfig.default(problem)
+    q_blocks, kv_blocks = pl.cdiv(problem.T, c.block_q), pl.cdiv(problem.S, c.block_kv)
+    needs_map = block_map.needs_map(problem)
+    found = block_map.by_key(problem, operands, c.block_q, c.block_kv) if needs_map else None
+    p, forms = tiles.in_kernel(problem), BackwardForms.of(problem, c)
+    schedule = Schedule(p.B, p.K, kv_blocks, _heads_at_once(p))
+    blocks = min(blocks or gpu.multiprocessors(problem.device), schedule.tiles)
+    # d lse / d s = p and d out / d s = p (dp - delta): one vector carries both cotangents.
+    empty = lse == -math.inf
+    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - dlse
+    delta = jnp.where(empty, 0.0, delta)
+    base2 = jnp.where(empty, math.inf, lse * LOG2_E)
+    by_tile = functools.partial(_by_tile, c, q_blocks)
+    stats = jnp.concatenate([by_tile(base2, math.inf), by_tile(delta, 0.0)], axis=-1)
+    x = tiles.prepare(problem, operands, q_blocks * c.block_q, kv_blocks * c.block_kv)
+    q, k_, v = forms.q.array(x.query), forms.k.array(x.key), forms.v.array(x.value)
+    x = x._replace(query=q, key=k_, value=v)
+    kernel_of = functools.partial(Backward, p, c, schedule, blocks, forms)
+    empties = kernel_of(None).empties_rows
+    flags = jnp.any(by_tile(empty, False), axis=-1).astype(jnp.int32)
+    inputs = (x, forms.do.array(dout), stats, flags if empties else None, found)
+    leaves, tree = jax.tree.flatten(inputs)
+
+    def backward_kernel(*refs: mosaic.Ref) -> None:
+        inputs = jax.tree.unflatten(tree, refs[: len(leaves)])
+        k = kernel_of(forms.refs(inputs, *refs[len(leaves) :]))
+        of_consumer, of_producer = REGISTERS[CONSUMERS][k.hides_keys or empties]
+
+        @pl.when(lax.axis_index("warpgroup") < CONSUMERS)
+        def _() -> None:
+            mosaic.set_max_registers(of_consumer, action="increase")
+            consume(k)
+
+        @pl.when(lax.axis_index("warpgroup") == CONSUMERS)
+        def _() -> None:
+            mosaic.set_max_registers(of_producer, action="decrease")
+            produce(k)
+
+    launch = mosaic.kernel(
+        backward_kernel,
+        out_type=[
+            jax.ShapeDtypeStruct((p.B, p.S, p.K, mosaic.copied_columns(n)), p.dtype)
+            for n in (p.H, p.Hv)
+        ],
+        scratch_types=forms.scratch(c, p.dtype),
+        grid={"block": blocks},
+        threads=("warpgroup", CONSUMERS + 1),
+        # As in the forward; what a thread of dS writes, `commit_smem` shows to the product that
+        # waits at `ds_full`, where each thread arrives by itself.
+        params=mosaic.compiler_params(reduction_scratch_bytes=0, unsafe_no_auto_barriers=True),
+    )
+    sums = mosaic.Sums.zero(kv_blocks, (p.B, q_blocks * c.block_q, p.N, forms.k.columns))
+    dk, dv = launch(*leaves, sums.ref)
+    dq = sums.total()[:, : p.T, :, : p.H] * p.scale
+    return spec.Operands(
+        query=dq.astype(p.dtype),
+        key=dk[..., : p.H],
+        value=dv[..., : p.Hv],
+        sinks=_of_sinks(operands.sinks, lse, delta),
+        score_consts=(None,) * len(operands.score_consts),
+        mask_consts=(None,) * len(operands.mask_consts),
+    )
+
+
+def _by_tile(c: BackwardConfig, q_blocks: int, x: jax.Array, fill: Any) -> jax.Array:
+    """An array [B, T, N] as [B, N, q_blocks, block_q]."""
+    x = x.swapaxes(1, 2)
+    missing = q_blocks * c.block_q - x.shape[2]
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, missing)), constant_values=fill)
+    return x.reshape(*x.shape[:2], q_blocks, c.block_q)
+
+
+def _of_sinks(sinks: Any, lse: jax.Array, delta: jax.Array) -> jax.Array | None:
+    """A sink is a key without a value: dp = 0, hence ds = -p delta."""
+    if sinks is None:
+        return None
+    p = spec.softmax.probabilities(sinks.astype(lse.dtype).reshape(1, 1, -1, 1), lse)[..., 0]
+    return jnp.sum(-p * delta, axis=(0, 1)).astype(sinks.dtype)
+
+
+def _heads_at_once(p: spec.Problem) -> int:
+    """Of how many heads of the keys the tiles are worked on together."""
+    of_head = p.T * p.G * (p.H * (p.dtype.itemsize + 4) + p.Hv * p.dtype.itemsize)
+    return largest_divisor(p.B * p.K, max(1, gpu.L2_BYTES // of_head))
+
+
+def supports_backward(problem: spec.Problem) -> str | None:
+    """Why this kernel cannot differentiate what the forward accepts, or None."""
+    p, x = problem, problem.operands
+    if not mosaic.Sums.exist():
+        return "needs JAX 0.11 or newer"
+    if max(p.H, p.Hv) > MOST_COLUMNS:
+        return f"takes head dims up to {MOST_COLUMNS}; got {p.H=}, {p.Hv=}"
+    if x.bias is not None or x.alibi_slopes is not None or p.score_mod or p.soft_cap:
+        return "differentiates no logits that are modified"
+    return None
