@@ -24,7 +24,7 @@ from jax import lax
 
 from pallas_kernels import mosaic, spec
 from pallas_kernels.common import block_map
-from pallas_kernels.common.schedule import Schedule, largest_divisor
+from pallas_kernels.common.schedule import Schedule, Work, largest_divisor
 from pallas_kernels.hopper import gpu
 from pallas_kernels.hopper import tile as tiles
 from pallas_kernels.hopper.backward_kernel import (
@@ -50,12 +50,16 @@ class Consumer(NamedTuple):
     def here(self, work: KeyWork, member: Any, number: Any, masked: bool, step: Any) -> "Here":
         """A visit to a head, by its number."""
         k = self.k
-        of_rows = k.of_group(work, member)
         row0 = k.walk(work, member).tile(number) * k.config.block_q
         key0 = work.kv_block * k.config.block_kv + self.me * ROWS
         span = tiles.Span(row0, key0, (ROWS, k.config.block_q), turned=True)
-        visit = Visit.of(k, of_rows, span, masked)
-        return Here(visit, of_rows.head, row0, lax.rem(step, k.config.stages), lax.rem(step, 2))
+        stage, slot = lax.rem(step, k.config.stages), lax.rem(step, 2)
+        visit = Visit.of(k, k.of_group(work, member), span, masked)
+        return Here(k, k.of_group(work, member), span, masked, stage, slot, visit)
+
+    def fresh(self) -> "Consumer":
+        """The same, of which the compiler computes nothing beforehand, to hold it in registers."""
+        return self._replace(me=mosaic.uniform(self.me))
 
     @property
     def share(self) -> tuple[Any, Any]:
@@ -64,13 +68,23 @@ class Consumer(NamedTuple):
 
 
 class Here(NamedTuple):
-    """A visit, and where its rows are."""
+    """Where a visit is."""
 
-    visit: Visit
-    head: Any
-    row0: Any
+    k: Backward
+    work: Work
+    span: tiles.Span
+    masked: bool
     stage: Any  # of Q and dO
     slot: Any  # of dS
+    visit: Visit
+
+    @property
+    def head(self) -> Any:
+        return self.work.head
+
+    @property
+    def row0(self) -> Any:
+        return self.span.row0
 
 
 def consume(k: Backward) -> None:
@@ -95,34 +109,43 @@ def consume(k: Backward) -> None:
 def attend(c: Consumer, work: KeyWork, step: Any) -> Any:
     """All visits of a tile of keys; returns the number of the next visit."""
     k = c.k
-    begin, visit, finish = PLANS[k.config.plan.split('-')[0]]
+    begin, visit, finish = PLANS[k.config.plan.split("-")[0]]
+
+    peeled = k.config.plan[0] in "hi"
 
     def of_member(member: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
         step, carry = state
         walk = k.walk(work, member)
         first: Any = 0
+        if peeled:
+            first = 1 if isinstance(member, int) else jnp.where(member > 0, 0, 1)
 
         def visits(masked: bool) -> Any:
             def one(j: Any, carry: Any) -> Any:
-                me = mosaic.uniform(c.me)
-                d = c._replace(me=me)
+                d = c.fresh()
                 return visit(d, work, d.here(work, member, j, masked, step + j), carry)
 
             return one
 
         if k.masks:
-            carry = lax.fori_loop(0, walk.masked, visits(masked=True), carry)
-            first = walk.masked
+            upto = jnp.maximum(walk.masked, first)
+            carry = lax.fori_loop(first, upto, visits(masked=True), carry)
+            first = upto
         carry = lax.fori_loop(first, walk.count, visits(masked=False), carry)
         return step + mosaic.opaque(walk.count), carry
 
     zeros = tuple(mosaic.full((ROWS, f.columns), 0, jnp.float32) for f in (k.forms.dk, k.forms.dv))
-    state = (step, begin(c, zeros))
+    if peeled:
+        d = c.fresh()
+        state = (step, begin(d, d.here(work, 0, 0, k.masks, step), zeros))
+    else:
+        state = (step, begin(c, zeros))
     if k.problem.G == 1:
         state = of_member(0, state)
     else:
         state = lax.fori_loop(0, k.problem.G, of_member, state)
     step, carry = state
+    c = c.fresh()
     dk, dv = finish(c, work, carry)
     mosaic.barrier_arrive(k.refs.kv_free)
     store(c, work, k.forms.dv, dv, k.refs.dv_gmem)
@@ -291,7 +314,78 @@ def visit_g(c, work, here, carry):
     return dk, dv
 
 
+class CarryH(NamedTuple):
+    dk: Any
+    dv: Any
+    head: Any
+    row0: Any
+    slot: Any
+
+
+def rest_h(c, here, s, dk, dv):
+    k, r = c.k, c.k.refs
+    mosaic.barrier_wait(r.do_full.at[here.stage])
+    dp = start_dp(c, here.stage)
+    p16 = here.visit.dropped(s).astype(k.problem.dtype)
+    (dv,) = mosaic.start_columns(p16, r.do_smem.at(here.stage), (dv,))
+    ds, _ = show_ds(c, here, s, mosaic.settle(dp, in_flight=1))
+    (dk,) = mosaic.start_columns(ds, r.q_smem.at(here.stage), (dk,))
+    dv = mosaic.settle(dv, in_flight=1)
+    dk = mosaic.settle(dk)
+    mosaic.barrier_arrive(r.free.at[here.stage])
+    return CarryH(dk, dv, here.head, here.row0, here.slot)
+
+
+def begin_h(c, here, zeros):
+    r = c.k.refs
+    mosaic.barrier_wait(r.q_full.at[here.stage])
+    p = probabilities(c, here, mosaic.settle(start_scores(c, here.stage)))
+    return rest_h(c, here, p, *zeros)
+
+
+def visit_h(c, work, here, carry):
+    r = c.k.refs
+    if here.masked:
+        dq = mosaic.settle(start_dq(c, carry.slot))
+        add_dq(c, work, carry.head, carry.row0, dq)
+        mosaic.barrier_wait(r.q_full.at[here.stage])
+        p = probabilities(c, here, mosaic.settle(start_scores(c, here.stage)))
+        return rest_h(c, here, p, carry.dk, carry.dv)
+    mosaic.barrier_wait(r.q_full.at[here.stage])
+    s = start_scores(c, here.stage)
+    dq = start_dq(c, carry.slot)
+    p = probabilities(c, here, mosaic.settle(s, in_flight=CONSUMERS))
+    p = lax.optimization_barrier(p)
+    add_dq(c, work, carry.head, carry.row0, mosaic.settle(dq))
+    return rest_h(c, here, p, carry.dk, carry.dv)
+
+
+def visit_i(c, work, here, carry):
+    """dQ first."""
+    r = c.k.refs
+    dq = start_dq(c, carry.slot)
+    mosaic.barrier_wait(r.q_full.at[here.stage])
+    s = start_scores(c, here.stage)
+    add_dq(c, work, carry.head, carry.row0, mosaic.settle(dq, in_flight=1))
+    mosaic.barrier_wait(r.do_full.at[here.stage])
+    s = mosaic.settle(s)
+    dp = start_dp(c, here.stage)
+    p = probabilities(c, here, s)
+    p = lax.optimization_barrier(p)
+    p16 = here.visit.dropped(p).astype(c.k.problem.dtype)
+    dp = mosaic.settle(dp)
+    (dv,) = mosaic.start_columns(p16, r.do_smem.at(here.stage), (carry.dv,))
+    ds, _ = show_ds(c, here, p, dp)
+    (dk,) = mosaic.start_columns(ds, r.q_smem.at(here.stage), (carry.dk,))
+    dv = mosaic.settle(dv, in_flight=1)
+    dk = mosaic.settle(dk)
+    mosaic.barrier_arrive(r.free.at[here.stage])
+    return CarryH(dk, dv, here.head, here.row0, here.slot)
+
+
 PLANS = {
+    "h": (begin_h, visit_h, finish_d),
+    "i": (begin_h, visit_i, finish_d),
     "f": (lambda c, z: z, visit_f, lambda c, w, carry: carry),
     "g": (lambda c, z: z, visit_g, lambda c, w, carry: carry),
     "c": (lambda c, z: z, visit_c, lambda c, w, carry: carry),
@@ -415,7 +509,8 @@ def backward(
     # d lse / d s = p and d out / d s = p (dp - delta): one vector carries both cotangents.
     empty = lse == -math.inf
     delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - dlse
-    delta = jnp.where(empty, 0.0, delta)
+    # The barrier keeps XLA from a sum within the transpose, which reads column by column.
+    delta = lax.optimization_barrier(jnp.where(empty, 0.0, delta))
     base2 = jnp.where(empty, math.inf, lse * LOG2_E)
     by_tile = functools.partial(_by_tile, c, q_blocks)
     stats = jnp.concatenate([by_tile(base2, math.inf), by_tile(delta, 0.0)], axis=-1)
