@@ -363,6 +363,8 @@ def visit_h(c, work, here, carry):
 def visit_i(c, work, here, carry):
     """dQ first."""
     r = c.k.refs
+    if here.masked:
+        return visit_h(c, work, here, carry)
     dq = start_dq(c, carry.slot)
     mosaic.barrier_wait(r.q_full.at[here.stage])
     s = start_scores(c, here.stage)
@@ -443,20 +445,11 @@ def show_ds(c: Consumer, here: Here, p: jax.Array, dp: jax.Array) -> tuple[jax.A
 
 
 def add_dq(c: Consumer, work: KeyWork, head: Any, row0: Any, dq: jax.Array) -> None:
-    """Adds this consumer's share of dQ of the visit before to global memory."""
+    """Adds this consumer's share of dQ of a visit to global memory."""
     rows, columns = c.share
     slab = work.kv_block if mosaic.is_interpreting() else 0
-    rows = pl.ds(row0 + rows * ROWS, ROWS)
-    dq_gmem = c.k.refs.dq_gmem.at[slab, work.batch, rows, head]
-    mosaic.wait_smem_to_gmem(0, wait_read_only=True)
-    places = list(c.k.refs.dq_smem.at(c.me).strips())
-    for strip, start, width in places:
-        mosaic.store(strip.tiled, dq[:, start : start + width])
-    mosaic.commit_smem()
-    if "nodq" in c.k.config.plan:
-        return
-    for strip, start, _ in places:
-        mosaic.add_out(strip, dq_gmem, columns * ROWS + start)
+    q_tile = lax.div(row0, ROWS) + rows
+    mosaic.add(c.k.refs.dq_gmem.at[slab, work.batch, q_tile, head, columns], dq)
 
 
 def store(c: Consumer, work: KeyWork, form: mosaic.Form, x: jax.Array, gmem: mosaic.Ref) -> None:
@@ -551,9 +544,11 @@ def backward(
         # waits at `ds_full`, where each thread arrives by itself.
         params=mosaic.compiler_params(reduction_scratch_bytes=0, unsafe_no_auto_barriers=True),
     )
-    sums = mosaic.Sums.zero(kv_blocks, (p.B, q_blocks * c.block_q, p.N, forms.k.columns))
+    matrices = (p.B, q_blocks * c.block_q // ROWS, p.N, forms.q.strips)
+    sums = mosaic.Sums.zero(kv_blocks, matrices)
     dk, dv = launch(*leaves, sums.ref)
-    dq = sums.total()[:, : p.T, :, : p.H] * p.scale
+    dq = sums.total().transpose(0, 1, 4, 2, 3, 5).reshape(p.B, -1, p.N, forms.q.columns)
+    dq = dq[:, : p.T, :, : p.H] * p.scale
     return spec.Operands(
         query=dq.astype(p.dtype),
         key=dk[..., : p.H],

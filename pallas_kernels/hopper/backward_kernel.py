@@ -15,7 +15,6 @@ from pallas_kernels.hopper.kernel import Kernel
 
 CONSUMERS = 2
 _WIDTH = 64  # of strips of 16-bit elements
-_WIDE_WIDTH = 32  # of strips of dQ, in float32
 MOST_COLUMNS = 128
 
 
@@ -57,7 +56,7 @@ class Refs(NamedTuple):
     stats: mosaic.Ref  # [B, N, q_blocks, 2 * block_q] float32: lse to base 2, and delta
     empty: mosaic.Ref | None  # [B, N, q_blocks] int32: not 0 if a row sees nothing
     map: BlockMap | None
-    dq_gmem: mosaic.Ref  # [slabs, B, T in whole tiles, N, H in whole strips] float32, sums
+    dq_gmem: mosaic.Ref  # [slabs, B, T / 64, N, H / 64, 4096], of `mosaic.Sums`
     dk_gmem: mosaic.Ref  # [B, S, K, H]
     dv_gmem: mosaic.Ref  # [B, S, K, Hv]
     k_smem: mosaic.Matrix  # [consumers, 64, H]
@@ -65,7 +64,6 @@ class Refs(NamedTuple):
     q_smem: mosaic.Matrix  # [stages, block_q, H]
     do_smem: mosaic.Matrix  # [stages, block_q, Hv]
     ds_smem: mosaic.Matrix  # [2, consumers, 64, block_q]
-    dq_smem: mosaic.Matrix  # [consumers, 64, 64] float32
     out_smem: mosaic.Matrix  # [consumers, 64, H or Hv]
     stats_smem: mosaic.Ref  # [stages, 2 * block_q] float32
     tile_smem: mosaic.Ref  # [2] int32: which tile of keys comes next; a number taken
@@ -87,7 +85,6 @@ class BackwardForms(NamedTuple):
     v: mosaic.Form
     do: mosaic.Form
     ds: mosaic.Form
-    dq: mosaic.Form
     dk: mosaic.Form
     dv: mosaic.Form
 
@@ -99,7 +96,6 @@ class BackwardForms(NamedTuple):
             _form(ROWS, p.Hv),
             _form(c.block_q, p.Hv),
             _form(ROWS, c.block_q),
-            mosaic.Form.in_strips(ROWS, ROWS, _WIDE_WIDTH),
             _form(ROWS, p.H),
             _form(ROWS, p.Hv),
         )
@@ -114,7 +110,6 @@ class BackwardForms(NamedTuple):
             self.q.smem(c.stages, dtype=dtype),
             self.do.smem(c.stages, dtype=dtype),
             self.ds.smem(2, CONSUMERS, dtype=dtype),
-            self.dq.smem(CONSUMERS, dtype=jnp.float32),
             wider.smem(CONSUMERS, dtype=dtype),
             mosaic.SMEM((c.stages, 2 * c.block_q), jnp.float32),
             mosaic.SMEM((2,), jnp.int32),
@@ -130,7 +125,7 @@ class BackwardForms(NamedTuple):
 
     def refs(self, inputs: tuple[Any, ...], *rest: Any) -> Refs:
         """From what a kernel is given; ``rest`` are sums, outputs and scratch."""
-        outputs, matrices, others = rest[:3], rest[3:10], rest[10:]
+        outputs, matrices, others = rest[:3], rest[3:9], rest[9:]
         return Refs(*inputs, *outputs, *map(mosaic.Matrix.of, matrices), *others)
 
 

@@ -33,13 +33,12 @@ from pallas_kernels.mosaic.matrix import (
     Form,
     Matrix,
     View,
-    add_out,
     copied_columns,
     copy_in,
     copy_out,
 )
 from pallas_kernels.mosaic.memory import Ref, layout_cast, load, store, swapped, tiled_smem
-from pallas_kernels.mosaic.sums import Sums
+from pallas_kernels.mosaic.sums import Sums, add
 from pallas_kernels.mosaic.values import (
     full,
     iota,
@@ -63,7 +62,7 @@ __all__ = [
     "Ref",
     "Sums",
     "View",
-    "add_out",
+    "add",
     "barrier_arrive",
     "barrier_wait",
     "commit_smem",

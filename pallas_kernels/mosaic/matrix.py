@@ -187,16 +187,6 @@ def copy_out(strip: View, gmem: Ref, column: int) -> None:
     plgpu.copy_smem_to_gmem(strip.copied, gmem.at[:, _columns(gmem, column, width)])
 
 
-def add_out(strip: View, gmem: Ref, column: Any) -> None:
-    """Starts the addition of a strip of float32 to an array [rows, columns].
-
-    The interpreter cannot add: there, each strip has a place of its own in the array.
-    """
-    options = {} if interpreter.is_interpreting() else {"reduction_op": "add"}
-    columns = pl.ds(column, strip.tiled.shape[-1])
-    plgpu.copy_smem_to_gmem(strip.copied, gmem.at[:, columns], **options)
-
-
 def _columns(gmem: Ref, start: int, width: int) -> Any:
     # An index that is not known is not refused for reaching beyond the end.
     known = start + width <= gmem.shape[-1]

@@ -5,32 +5,103 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic.gpu import fragmented_array as fa
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jaxlib.mlir import ir
 
 from pallas_kernels.mosaic import interpreter
+from pallas_kernels.mosaic.dialects import arith, llvm, vector
+from pallas_kernels.mosaic.memory import Ref, store
+
+_SIDE = 64
+# How rows and columns of a matrix are spread over threads: rows by warp, half and group of four
+# lanes, columns by pair of registers, register, lane within the group, element of a register.
+_ROWS, _COLUMNS = (4, 2, 8), (4, 2, 4, 2)
+# In memory: warp, half, pair, then group and lane, then what one thread adds at once.
+_ORDER = (0, 1, 3, 2, 5, 4, 6)
+_AT_ONCE = 4
 
 
 class Sums(NamedTuple):
-    """An array of float32 that a kernel adds to, [slabs, ...].
+    """An array of float32 matrices [slabs, ..., 64, 64] that a kernel adds to.
 
     Compiled, there is one slab. Interpreted, where blocks cannot add to the same place, each of
-    those that would has one of its own.
+    those that would has one of its own. A matrix is held in the order in which threads have it, so
+    that they add 16 bytes at a time, and a warp 512 that are contiguous.
     """
 
-    ref: Any  # the kernel's last operand
+    ref: Any  # [slabs, ..., 4096], the kernel's last operand
 
     @classmethod
     def zero(cls, slabs: int, shape: tuple[int, ...]) -> Sums:
-        """Nothing added yet."""
+        """Nothing added yet to ``shape`` matrices."""
         slabs = slabs if interpreter.is_interpreting() else 1
-        return cls(jax.new_ref(jnp.zeros((slabs, *shape), jnp.float32)))
+        return cls(jax.new_ref(jnp.zeros((slabs, *shape, _SIDE * _SIDE), jnp.float32)))
 
     def total(self) -> jax.Array:
-        """What has been added, once the kernel has been called."""
+        """What has been added once the kernel has been called, [..., 64, 64]."""
         found = jax.freeze(self.ref)
-        return found[0] if found.shape[0] == 1 else jnp.sum(found, axis=0)
+        if interpreter.is_interpreting():
+            return jnp.sum(found, axis=0).reshape(*found.shape[1:-1], _SIDE, _SIDE)
+        sizes = np.array(_ROWS + _COLUMNS)
+        leading = found.shape[1:-1]
+        back = [len(leading) + int(i) for i in np.argsort(_ORDER)]
+        found = found.reshape(*leading, *sizes[list(_ORDER)])
+        return found.transpose(*range(len(leading)), *back).reshape(*leading, _SIDE, _SIDE)
 
     @classmethod
     def exist(cls) -> bool:
         """JAX 0.10.2 passes no mutable arrays to kernels."""
         return jax.__version_info__ >= (0, 11)
+
+
+def add(sum_: Ref, value: jax.Array) -> None:
+    """Adds a matrix [64, 64] to one of `Sums`, a reference [4096]."""
+    if interpreter.is_interpreting():
+        store(sum_, value.reshape(-1))
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
+    def run(_: Any, sum_: Any, value: Any) -> None:
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        thread = mgpu_utils.thread_idx()
+        lane = arith.remui(thread, mgpu_utils.c(32, i32))
+        warp = arith.remui(arith.divui(thread, mgpu_utils.c(32, i32)), mgpu_utils.c(4, i32))
+        base = mgpu_utils.memref_ptr(sum_)
+        first = mgpu_utils.dyn_dot(
+            (warp, lane), (mgpu_utils.c(16 * _SIDE, i32), mgpu_utils.c(_AT_ONCE, i32))
+        )
+        base = mgpu_utils.getelementptr(base, [first], f32)
+        for number, registers in enumerate(_by_four(value)):
+            place = mgpu_utils.getelementptr(base, [number * 32 * _AT_ONCE], f32)
+            elements = [
+                vector.extract(r, dynamic_position=[], static_position=[i])
+                for r in registers
+                for i in range(2)
+            ]
+            llvm.inline_asm(
+                ir.Type.parse("!llvm.void"),
+                [place, *elements],
+                "red.relaxed.gpu.global.add.v4.f32 [$0], {$1, $2, $3, $4};",
+                "l,f,f,f,f",
+                has_side_effects=True,
+            )
+
+    run(sum_, value)
+
+
+def _by_four(value: Any) -> list[list[Any]]:
+    """A thread's registers, each two columns, in pairs, by half and then by column."""
+    steps = [
+        fa.WGMMA_LAYOUT.tiling.tile_strides(tuple(int(i == axis) for i in range(2)))
+        for axis in range(2)
+    ]
+    placed = sorted(
+        ((int(np.dot(at, steps[0])), int(np.dot(at, steps[1]))), at)
+        for at in np.ndindex(value.registers.shape)
+    )
+    registers = [value.registers[at] for _, at in placed]
+    return [registers[i : i + 2] for i in range(0, len(registers), 2)]
