@@ -5,8 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxflash import reference, tuning, xla
-from jaxflash.folding import folding
+from jaxflash import native, reference, xla
 from pallas_kernels import hopper, spec
 
 Results = tuple[jax.Array, jax.Array]
@@ -28,7 +27,7 @@ class Backend(NamedTuple):
 
 # In the order in which they are tried.
 BACKENDS = (
-    Backend("hopper", hopper.supports, folding(tuning.hopper_forward), xla.backward),
+    Backend("hopper", hopper.supports, native.forward, native.backward),
     Backend("xla", xla.supports, xla.forward, xla.backward),
     Backend("reference", reference.supports, reference.forward, None),
 )

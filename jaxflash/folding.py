@@ -10,8 +10,9 @@ from jax import lax
 
 from pallas_kernels import spec
 
-Results = tuple[jax.Array, jax.Array]
-Forward = Callable[[spec.Problem, spec.Operands], Results]
+# Takes a problem, its operands, and further arrays whose first axis is the batch. Returns a pytree
+# of arrays with a first axis of the batch, or with the shapes of operands that have none.
+Function = Callable[..., Any]
 
 # Operands whose first axis is the batch. In bias and mask it may have size 1.
 _BY_BATCH = (
@@ -28,45 +29,50 @@ _BY_BATCH = (
 )
 
 
-def folding(forward: Forward) -> Forward:
-    """``forward`` with a rule for vmap.
+def folding(function: Function, *, differentiates: bool = False) -> Function:
+    """``function`` with a rule for vmap.
 
     Where the number of a batch element matters (score_mod, mask_mod, dropout), or what has no batch
-    axis is mapped (slopes, sinks), the calls run one after the other.
+    axis is mapped (slopes, sinks), the calls run one after the other; so they do where gradients
+    for those are to be returned.
     """
 
-    def folded(problem: spec.Problem, operands: spec.Operands) -> Results:
+    def folded(problem: spec.Problem, operands: spec.Operands, *rest: jax.Array) -> Any:
         @jax.custom_batching.custom_vmap
-        def call(operands: spec.Operands) -> Results:
-            return forward(problem, operands)
+        def call(operands: spec.Operands, *rest: jax.Array) -> Any:
+            return function(problem, operands, *rest)
 
         @call.def_vmap
-        def rule(size: int, mapped: list[spec.Operands], operands: spec.Operands) -> Any:
-            (is_mapped,) = mapped
-            if not _folds(problem, is_mapped):
-                results = lax.map(lambda i: call(_pick(operands, is_mapped, i)), jnp.arange(size))
-                return results, (True, True)
-            wide = _fold(operands, is_mapped, size, problem.B)
-            structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), wide)
-            results = folded(dataclasses.replace(problem, operands=structs), wide)
-            results = tuple(x.reshape(size, problem.B, *x.shape[1:]) for x in results)
-            return results, (True, True)
+        def rule(size: int, mapped: list[Any], operands: spec.Operands, *rest: jax.Array) -> Any:
+            given = (operands, *rest)
+            if not _folds(problem, mapped[0], differentiates):
+                results = lax.map(lambda i: call(*_pick(given, mapped, i)), jnp.arange(size))
+            else:
+                wide = _fold(operands, mapped[0], size, problem.B)
+                structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), wide)
+                others = (
+                    _fold_one(x, m, size, problem.B) for x, m in zip(rest, mapped[1:], strict=True)
+                )
+                results = folded(dataclasses.replace(problem, operands=structs), wide, *others)
+                results = jax.tree.map(lambda x: x.reshape(size, problem.B, *x.shape[1:]), results)
+            return results, jax.tree.map(lambda _: True, results)
 
-        results: Results = call(operands)
-        return results
+        return call(operands, *rest)
 
     return folded
 
 
-def _folds(problem: spec.Problem, is_mapped: spec.Operands) -> bool:
+def _folds(problem: spec.Problem, is_mapped: spec.Operands, differentiates: bool) -> bool:
     if problem.score_mod or problem.mask_mod or problem.dropout_rate > 0:
         return False
     others = set(is_mapped._fields) - set(_BY_BATCH)
+    if differentiates and jax.tree.leaves([getattr(problem.operands, n) for n in others]):
+        return False
     return not any(jax.tree.leaves([getattr(is_mapped, name) for name in others]))
 
 
-def _pick(operands: spec.Operands, is_mapped: spec.Operands, i: Any) -> spec.Operands:
-    return jax.tree.map(lambda x, m: x[i] if m else x, operands, is_mapped)
+def _pick(given: Any, is_mapped: Any, i: Any) -> Any:
+    return jax.tree.map(lambda x, m: x[i] if m else x, tuple(given), tuple(is_mapped))
 
 
 def _fold(operands: spec.Operands, is_mapped: spec.Operands, size: int, B: int) -> spec.Operands:
@@ -76,9 +82,14 @@ def _fold(operands: spec.Operands, is_mapped: spec.Operands, size: int, B: int) 
         x, mapped = getattr(operands, name), getattr(is_mapped, name)
         if x is None or (not mapped and name in ("bias", "mask") and x.shape[0] == 1):
             return x
-        shape = x.shape[1:] if mapped else x.shape
-        x = jnp.broadcast_to(x if mapped else x[None], (size, *shape))
-        x = jnp.broadcast_to(x, (size, B, *shape[1:]))
-        return x.reshape(size * B, *shape[1:])
+        return _fold_one(x, mapped, size, B)
 
     return operands._replace(**{name: fold(name) for name in _BY_BATCH})
+
+
+def _fold_one(x: jax.Array, mapped: bool, size: int, B: int) -> jax.Array:
+    """An array with a batch axis of ``size * B``."""
+    shape = x.shape[1:] if mapped else x.shape
+    x = jnp.broadcast_to(x if mapped else x[None], (size, *shape))
+    x = jnp.broadcast_to(x, (size, B, *shape[1:]))
+    return x.reshape(size * B, *shape[1:])

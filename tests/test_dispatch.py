@@ -131,7 +131,7 @@ def test_only_dispatch_and_tuning_name_backends() -> None:
             for m in _imported(path)
         )
     }
-    assert importers == {"dispatch.py", "tuning/__init__.py"}
+    assert importers == {"dispatch.py", "native.py", "tuning/__init__.py"}
 
 
 def _imported(path: Path) -> set[str]:

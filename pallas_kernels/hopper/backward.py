@@ -4,11 +4,11 @@ A block takes a tile of 128 keys and visits the tiles of queries that see some o
 consumer warpgroups has 64 of the keys. Logits are computed turned, S^T, so that what a warpgroup
 multiplies with dO and Q to add to its own dV and dK, P^T and dS^T, is in its registers. The
 product dQ = dS K sums over all keys of the tile: dS goes through shared memory, each consumer
-multiplies a part, and TMA adds it to global memory in float32.
+multiplies a part, and adds it to global memory in float32.
 
-Five products a visit, and one visit overlaps with the next: a consumer starts dV += P^T dO and
-dK += dS^T Q of the visit before, S^T = K Q^T, then dQ = dS K of the visit before and
-dP^T = V dO^T, and turns S^T into P^T and dP^T into dS^T while others run.
+Five products a visit: S^T = K Q^T, dP^T = V dO^T, dV += P^T dO, dK += dS^T Q, dQ = dS K. The last
+needs what both consumers have shown. It is left to the next visit, so that neither waits: they
+drift apart, and one multiplies while the other computes exponentials.
 
 `backward_kernel.Refs` is the map of shared memory; the producer is in `backward_producer`.
 """
@@ -24,7 +24,7 @@ from jax import lax
 
 from pallas_kernels import mosaic, spec
 from pallas_kernels.common import block_map
-from pallas_kernels.common.schedule import Schedule, Work, largest_divisor
+from pallas_kernels.common.schedule import Schedule, largest_divisor
 from pallas_kernels.hopper import gpu
 from pallas_kernels.hopper import tile as tiles
 from pallas_kernels.hopper.backward_kernel import (
@@ -54,8 +54,8 @@ class Consumer(NamedTuple):
         key0 = work.kv_block * k.config.block_kv + self.me * ROWS
         span = tiles.Span(row0, key0, (ROWS, k.config.block_q), turned=True)
         stage, slot = lax.rem(step, k.config.stages), lax.rem(step, 2)
-        visit = Visit.of(k, k.of_group(work, member), span, masked)
-        return Here(k, k.of_group(work, member), span, masked, stage, slot, visit)
+        of_rows = k.of_group(work, member)
+        return Here(Visit.of(k, of_rows, span, masked), of_rows.head, row0, stage, slot)
 
     def fresh(self) -> "Consumer":
         """The same, of which the compiler computes nothing beforehand, to hold it in registers."""
@@ -68,27 +68,27 @@ class Consumer(NamedTuple):
 
 
 class Here(NamedTuple):
-    """Where a visit is."""
+    """A visit, and where it is."""
 
-    k: Backward
-    work: Work
-    span: tiles.Span
-    masked: bool
+    visit: Visit
+    head: Any
+    row0: Any
     stage: Any  # of Q and dO
     slot: Any  # of dS
-    visit: Visit
 
-    @property
-    def head(self) -> Any:
-        return self.work.head
 
-    @property
-    def row0(self) -> Any:
-        return self.span.row0
+class Carry(NamedTuple):
+    """What a visit leaves to the next. Its dQ is yet to be computed, of dS in shared memory."""
+
+    dk: jax.Array  # [64, H] float32
+    dv: jax.Array  # [64, Hv] float32
+    head: Any
+    row0: Any
+    slot: Any
 
 
 def consume(k: Backward) -> None:
-    """Computes 64 rows of dK and dV of each tile of this block, and half of its dQ."""
+    """Computes 64 rows of dK and dV of each tile of this block, and its share of dQ."""
     c = Consumer(k, lax.axis_index("warpgroup"))
 
     def next_tile() -> Any:
@@ -109,292 +109,88 @@ def consume(k: Backward) -> None:
 def attend(c: Consumer, work: KeyWork, step: Any) -> Any:
     """All visits of a tile of keys; returns the number of the next visit."""
     k = c.k
-    begin, visit, finish = PLANS[k.config.plan.split("-")[0]]
 
-    peeled = k.config.plan[0] in "hi"
-
-    def of_member(member: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
+    def of_member(member: Any, state: tuple[Any, Carry]) -> tuple[Any, Carry]:
         step, carry = state
         walk = k.walk(work, member)
-        first: Any = 0
-        if peeled:
-            first = 1 if isinstance(member, int) else jnp.where(member > 0, 0, 1)
+        # The very first visit has been begun with.
+        first: Any = 1 if k.problem.G == 1 else jnp.where(member > 0, 0, 1)
 
         def visits(masked: bool) -> Any:
-            def one(j: Any, carry: Any) -> Any:
-                d = c.fresh()
-                return visit(d, work, d.here(work, member, j, masked, step + j), carry)
-
-            return one
+            return lambda j, carry: visit_once(c.fresh(), work, member, j, masked, step + j, carry)
 
         if k.masks:
-            upto = jnp.maximum(walk.masked, first)
-            carry = lax.fori_loop(first, upto, visits(masked=True), carry)
-            first = upto
+            masked = jnp.maximum(walk.masked, first)
+            carry = lax.fori_loop(first, masked, visits(masked=True), carry)
+            first = masked
         carry = lax.fori_loop(first, walk.count, visits(masked=False), carry)
         return step + mosaic.opaque(walk.count), carry
 
-    zeros = tuple(mosaic.full((ROWS, f.columns), 0, jnp.float32) for f in (k.forms.dk, k.forms.dv))
-    if peeled:
-        d = c.fresh()
-        state = (step, begin(d, d.here(work, 0, 0, k.masks, step), zeros))
-    else:
-        state = (step, begin(c, zeros))
+    state = (step, begin(c.fresh(), work, step))
     if k.problem.G == 1:
         state = of_member(0, state)
     else:
         state = lax.fori_loop(0, k.problem.G, of_member, state)
     step, carry = state
-    c = c.fresh()
-    dk, dv = finish(c, work, carry)
-    mosaic.barrier_arrive(k.refs.kv_free)
-    store(c, work, k.forms.dv, dv, k.refs.dv_gmem)
-    store(c, work, k.forms.dk, dk * k.problem.scale, k.refs.dk_gmem)
+    finish(c.fresh(), work, carry)
     return step
 
 
-# plan C: FlashAttention-3's order
-def visit_c(c, work, here, carry):
+def begin(c: Consumer, work: KeyWork, step: Any) -> Carry:
+    """The first visit of a tile of keys."""
     k, r = c.k, c.k.refs
-    dk, dv = carry
+    here = c.here(work, 0, 0, k.masks, step)
+    dk, dv = (
+        mosaic.full((ROWS, form.columns), 0, jnp.float32) for form in (k.forms.dk, k.forms.dv)
+    )
+    mosaic.barrier_wait(r.q_full.at[here.stage])
+    return differentiate(c, here, mosaic.settle(start_scores(c, here.stage)), dk, dv)
+
+
+def visit_once(
+    c: Consumer, work: KeyWork, member: Any, number: Any, masked: bool, step: Any, carry: Carry
+) -> Carry:
+    """A visit, with dQ of the one before."""
+    r, here = c.k.refs, c.here(work, member, number, masked, step)
+    dq = start_dq(c, carry)
+    if masked:  # one after the other, or registers run out
+        add_dq(c, work, carry, mosaic.settle(dq))
     mosaic.barrier_wait(r.q_full.at[here.stage])
     s = start_scores(c, here.stage)
+    if not masked:
+        add_dq(c, work, carry, mosaic.settle(dq, in_flight=1))
+    return differentiate(c, here, mosaic.settle(s), carry.dk, carry.dv)
+
+
+def differentiate(c: Consumer, here: Here, s: jax.Array, dk: jax.Array, dv: jax.Array) -> Carry:
+    """A visit from S^T on; leaves dS in shared memory."""
+    r, dtype = c.k.refs, c.k.problem.dtype
+    # The barriers keep ptxas from awaiting dP^T before the exponentials.
     mosaic.barrier_wait(r.do_full.at[here.stage])
-    dp = start_dp(c, here.stage)
-    p = probabilities(c, here, mosaic.settle(s, in_flight=1))
-    p = lax.optimization_barrier(p)
-    ds, p = show_ds(c, here, p, mosaic.settle(dp))
-    (dv,) = mosaic.start_columns(p, r.do_smem.at(here.stage), (dv,))
-    dq = start_dq(c, here.slot)
-    dv = mosaic.settle(dv, in_flight=CONSUMERS)
+    if here.visit.is_plain:
+        dp = start_dp(c, here.stage)
+        p = lax.optimization_barrier(probabilities(c, here, s))
+    else:  # one after the other, or registers run out
+        p = lax.optimization_barrier(probabilities(c, here, s))
+        dp = start_dp(c, here.stage)
+    ds = gradient(c, here, p, mosaic.settle(dp)).astype(dtype)
+    kept = here.visit.kept(p).astype(dtype)
+    (dv,) = mosaic.start_columns(kept, r.do_smem.at(here.stage), (dv,))
+    show(c, here, ds)
     (dk,) = mosaic.start_columns(ds, r.q_smem.at(here.stage), (dk,))
-    dq = mosaic.settle(dq, in_flight=1)
-    add_dq(c, work, here.head, here.row0, dq)
-    dk = mosaic.settle(dk)
+    dv, dk = mosaic.settle(dv, in_flight=1), mosaic.settle(dk)
     mosaic.barrier_arrive(r.free.at[here.stage])
-    return dk, dv
+    return Carry(dk, dv, here.head, here.row0, here.slot)
 
 
-def visit_c2(c, work, here, carry):
-    """dV and dK first, then dQ."""
+def finish(c: Consumer, work: KeyWork, carry: Carry) -> None:
+    """The last dQ of a tile of keys; stores dK and dV."""
     k, r = c.k, c.k.refs
-    dk, dv = carry
-    mosaic.barrier_wait(r.q_full.at[here.stage])
-    s = start_scores(c, here.stage)
-    mosaic.barrier_wait(r.do_full.at[here.stage])
-    dp = start_dp(c, here.stage)
-    p = probabilities(c, here, mosaic.settle(s, in_flight=1))
-    p = lax.optimization_barrier(p)
-    ds, p = show_ds(c, here, p, mosaic.settle(dp))
-    (dv,) = mosaic.start_columns(p, r.do_smem.at(here.stage), (dv,))
-    (dk,) = mosaic.start_columns(ds, r.q_smem.at(here.stage), (dk,))
-    dq = start_dq(c, here.slot)
-    dv, dk = (mosaic.settle(x, in_flight=CONSUMERS) for x in (dv, dk))
-    mosaic.barrier_arrive(r.free.at[here.stage])
-    dq = mosaic.settle(dq)
-    add_dq(c, work, here.head, here.row0, dq)
-    return dk, dv
-
-
-# plan D: dQ of a visit with S of the next
-class CarryD(NamedTuple):
-    dk: Any
-    dv: Any
-    head: Any
-    row0: Any
-    slot: Any
-    some: Any
-
-
-def begin_d(c, zeros):
-    zero = jnp.int32(0)
-    return CarryD(*zeros, zero, zero, zero, jnp.bool_(False))
-
-
-def visit_d(c, work, here, carry):
-    """S, then dQ of before; dV and dK settle at once."""
-    k, r = c.k, c.k.refs
-    dk, dv = carry.dk, carry.dv
-    mosaic.barrier_wait(r.q_full.at[here.stage])
-    s = start_scores(c, here.stage)
-    pl.when(carry.some)(lambda: mosaic.barrier_wait(r.ds_full.at[carry.slot]))
-    dq = start_dq(c, carry.slot, False)
-    p = probabilities(c, here, mosaic.settle(s, in_flight=CONSUMERS))
-    p = lax.optimization_barrier(p)
-    dq = mosaic.settle(dq)
-    mosaic.barrier_wait(r.do_full.at[here.stage])
-    dp = start_dp(c, here.stage)
-    p16 = here.visit.dropped(p).astype(k.problem.dtype)
-    (dv,) = mosaic.start_columns(p16, r.do_smem.at(here.stage), (dv,))
-    pl.when(carry.some)(lambda: add_dq(c, work, carry.head, carry.row0, dq))
-    dp = mosaic.settle(dp, in_flight=1)
-    ds, _ = show_ds(c, here, p, dp)
-    (dk,) = mosaic.start_columns(ds, r.q_smem.at(here.stage), (dk,))
-    dv = mosaic.settle(dv, in_flight=1)
-    dk = mosaic.settle(dk)
-    mosaic.barrier_arrive(r.free.at[here.stage])
-    return CarryD(dk, dv, here.head, here.row0, here.slot, jnp.bool_(True))
-
-
-def finish_d(c, work, carry):
-    mosaic.barrier_wait(c.k.refs.ds_full.at[carry.slot])
-    dq = mosaic.settle(start_dq(c, carry.slot, False))
-    add_dq(c, work, carry.head, carry.row0, dq)
-    return carry.dk, carry.dv
-
-
-def visit_e(c, work, here, carry):
-    """As D, dP started before dQ is awaited."""
-    k, r = c.k, c.k.refs
-    dk, dv = carry.dk, carry.dv
-    mosaic.barrier_wait(r.q_full.at[here.stage])
-    s = start_scores(c, here.stage)
-    pl.when(carry.some)(lambda: mosaic.barrier_wait(r.ds_full.at[carry.slot]))
-    dq = start_dq(c, carry.slot, False)
-    mosaic.barrier_wait(r.do_full.at[here.stage])
-    dp = start_dp(c, here.stage)
-    p = probabilities(c, here, mosaic.settle(s, in_flight=CONSUMERS + 1))
-    p = lax.optimization_barrier(p)
-    dq = mosaic.settle(dq, in_flight=1)
-    pl.when(carry.some)(lambda: add_dq(c, work, carry.head, carry.row0, dq))
-    p16 = here.visit.dropped(p).astype(k.problem.dtype)
-    dp = mosaic.settle(dp)
-    (dv,) = mosaic.start_columns(p16, r.do_smem.at(here.stage), (dv,))
-    ds, _ = show_ds(c, here, p, dp)
-    (dk,) = mosaic.start_columns(ds, r.q_smem.at(here.stage), (dk,))
-    dv = mosaic.settle(dv, in_flight=1)
-    dk = mosaic.settle(dk)
-    mosaic.barrier_arrive(r.free.at[here.stage])
-    return CarryD(dk, dv, here.head, here.row0, here.slot, jnp.bool_(True))
-
-
-def visit_f(c, work, here, carry):
-    """As C2, with a jump between the exponentials and the wait for dP."""
-    k, r = c.k, c.k.refs
-    dk, dv = carry
-    mosaic.barrier_wait(r.q_full.at[here.stage])
-    s = start_scores(c, here.stage)
-    mosaic.barrier_wait(r.do_full.at[here.stage])
-    dp = start_dp(c, here.stage)
-    p = probabilities(c, here, mosaic.settle(s, in_flight=1))
-    p = lax.optimization_barrier(p)
-    pl.when(mosaic.opaque(here.stage) > 5)(lambda: mosaic.barrier_wait(r.do_full.at[here.stage]))
-    ds, p = show_ds(c, here, p, mosaic.settle(dp))
-    (dv,) = mosaic.start_columns(p, r.do_smem.at(here.stage), (dv,))
-    dq = start_dq(c, here.slot)
-    dv = mosaic.settle(dv, in_flight=CONSUMERS)
-    (dk,) = mosaic.start_columns(ds, r.q_smem.at(here.stage), (dk,))
-    dq = mosaic.settle(dq, in_flight=1)
-    add_dq(c, work, here.head, here.row0, dq)
-    dk = mosaic.settle(dk)
-    mosaic.barrier_arrive(r.free.at[here.stage])
-    return dk, dv
-
-
-def visit_g(c, work, here, carry):
-    """dP after S is there."""
-    k, r = c.k, c.k.refs
-    dk, dv = carry
-    mosaic.barrier_wait(r.q_full.at[here.stage])
-    s = mosaic.settle(start_scores(c, here.stage))
-    mosaic.barrier_wait(r.do_full.at[here.stage])
-    dp = start_dp(c, here.stage)
-    p = probabilities(c, here, s)
-    p = lax.optimization_barrier(p)
-    p16 = here.visit.dropped(p).astype(k.problem.dtype)
-    dp = mosaic.settle(dp)
-    (dv,) = mosaic.start_columns(p16, r.do_smem.at(here.stage), (dv,))
-    ds, _ = show_ds(c, here, p, dp)
-    (dk,) = mosaic.start_columns(ds, r.q_smem.at(here.stage), (dk,))
-    dq = start_dq(c, here.slot)
-    dv, dk = (mosaic.settle(x, in_flight=CONSUMERS) for x in (dv, dk))
-    mosaic.barrier_arrive(r.free.at[here.stage])
-    dq = mosaic.settle(dq)
-    add_dq(c, work, here.head, here.row0, dq)
-    return dk, dv
-
-
-class CarryH(NamedTuple):
-    dk: Any
-    dv: Any
-    head: Any
-    row0: Any
-    slot: Any
-
-
-def rest_h(c, here, s, dk, dv):
-    k, r = c.k, c.k.refs
-    mosaic.barrier_wait(r.do_full.at[here.stage])
-    dp = start_dp(c, here.stage)
-    p16 = here.visit.dropped(s).astype(k.problem.dtype)
-    (dv,) = mosaic.start_columns(p16, r.do_smem.at(here.stage), (dv,))
-    ds, _ = show_ds(c, here, s, mosaic.settle(dp, in_flight=1))
-    (dk,) = mosaic.start_columns(ds, r.q_smem.at(here.stage), (dk,))
-    dv = mosaic.settle(dv, in_flight=1)
-    dk = mosaic.settle(dk)
-    mosaic.barrier_arrive(r.free.at[here.stage])
-    return CarryH(dk, dv, here.head, here.row0, here.slot)
-
-
-def begin_h(c, here, zeros):
-    r = c.k.refs
-    mosaic.barrier_wait(r.q_full.at[here.stage])
-    p = probabilities(c, here, mosaic.settle(start_scores(c, here.stage)))
-    return rest_h(c, here, p, *zeros)
-
-
-def visit_h(c, work, here, carry):
-    r = c.k.refs
-    if here.masked:
-        dq = mosaic.settle(start_dq(c, carry.slot))
-        add_dq(c, work, carry.head, carry.row0, dq)
-        mosaic.barrier_wait(r.q_full.at[here.stage])
-        p = probabilities(c, here, mosaic.settle(start_scores(c, here.stage)))
-        return rest_h(c, here, p, carry.dk, carry.dv)
-    mosaic.barrier_wait(r.q_full.at[here.stage])
-    s = start_scores(c, here.stage)
-    dq = start_dq(c, carry.slot)
-    p = probabilities(c, here, mosaic.settle(s, in_flight=CONSUMERS))
-    p = lax.optimization_barrier(p)
-    add_dq(c, work, carry.head, carry.row0, mosaic.settle(dq))
-    return rest_h(c, here, p, carry.dk, carry.dv)
-
-
-def visit_i(c, work, here, carry):
-    """dQ first."""
-    r = c.k.refs
-    if here.masked:
-        return visit_h(c, work, here, carry)
-    dq = start_dq(c, carry.slot)
-    mosaic.barrier_wait(r.q_full.at[here.stage])
-    s = start_scores(c, here.stage)
-    add_dq(c, work, carry.head, carry.row0, mosaic.settle(dq, in_flight=1))
-    mosaic.barrier_wait(r.do_full.at[here.stage])
-    s = mosaic.settle(s)
-    dp = start_dp(c, here.stage)
-    p = probabilities(c, here, s)
-    p = lax.optimization_barrier(p)
-    p16 = here.visit.dropped(p).astype(c.k.problem.dtype)
-    dp = mosaic.settle(dp)
-    (dv,) = mosaic.start_columns(p16, r.do_smem.at(here.stage), (carry.dv,))
-    ds, _ = show_ds(c, here, p, dp)
-    (dk,) = mosaic.start_columns(ds, r.q_smem.at(here.stage), (carry.dk,))
-    dv = mosaic.settle(dv, in_flight=1)
-    dk = mosaic.settle(dk)
-    mosaic.barrier_arrive(r.free.at[here.stage])
-    return CarryH(dk, dv, here.head, here.row0, here.slot)
-
-
-PLANS = {
-    "h": (begin_h, visit_h, finish_d),
-    "i": (begin_h, visit_i, finish_d),
-    "f": (lambda c, z: z, visit_f, lambda c, w, carry: carry),
-    "g": (lambda c, z: z, visit_g, lambda c, w, carry: carry),
-    "c": (lambda c, z: z, visit_c, lambda c, w, carry: carry),
-    "c2": (lambda c, z: z, visit_c2, lambda c, w, carry: carry),
-    "d": (begin_d, visit_d, finish_d),
-    "e": (begin_d, visit_e, finish_d),
-}
+    dq = mosaic.settle(start_dq(c, carry))
+    mosaic.barrier_arrive(r.kv_free)
+    add_dq(c, work, carry, dq)
+    store(c, work, k.forms.dv, carry.dv, r.dv_gmem)
+    store(c, work, k.forms.dk, carry.dk * k.problem.scale, r.dk_gmem)
 
 
 def start_scores(c: Consumer, stage: Any) -> jax.Array:
@@ -409,47 +205,56 @@ def start_dp(c: Consumer, stage: Any) -> jax.Array:
     return mosaic.start(r.v_smem.at(c.me), r.do_smem.at(stage), transpose_b=True)
 
 
-def start_dq(c: Consumer, slot: Any, wait: bool = True) -> jax.Array:
+def start_dq(c: Consumer, carry: Carry) -> jax.Array:
     """Starts this consumer's share of dQ = dS K of a visit: a product for each one's keys."""
     r = c.k.refs
     rows, columns = c.share
-    if wait:
-        mosaic.barrier_wait(r.ds_full.at[slot])
+    mosaic.barrier_wait(r.ds_full.at[carry.slot])
     dq = None
     for i in range(CONSUMERS):
-        (ds,), (keys,) = r.ds_smem.at(slot, i).views, r.k_smem.at(i).views
+        (ds,), (keys,) = r.ds_smem.at(carry.slot, i).views, r.k_smem.at(i).views
         dq = mosaic.start(ds.tiled.at[rows], keys.tiled.at[columns], dq, transpose_a=True)
     assert dq is not None
     return dq
 
 
-def probabilities(c: Consumer, here: Here, s: jax.Array) -> jax.Array:
-    """P^T from S^T and the lse of the forward."""
-    k = c.k
-    lse = mosaic.load_columns(k.refs.stats_smem.at[here.stage, pl.ds(0, k.config.block_q)])
-    base2 = here.visit.logits(s) * (k.unit * LOG2_E)
-    return jnp.exp2(base2 - mosaic.spread_columns(lse, s.shape))
-
-
-def show_ds(c: Consumer, here: Here, p: jax.Array, dp: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Computes dS^T = P^T (dP^T - delta), and shows it to the other consumer."""
-    k, block_q = c.k, c.k.config.block_q
-    delta = mosaic.load_columns(k.refs.stats_smem.at[here.stage, pl.ds(block_q, block_q)])
-    ds = p * (here.visit.dropped(dp) - mosaic.spread_columns(delta, p.shape))
-    ds = ds.astype(k.problem.dtype)
-    for strip, start, width in k.refs.ds_smem.at(here.slot, c.me).strips():
-        mosaic.store(strip.tiled, ds[:, start : start + width])
-    mosaic.commit_smem()
-    mosaic.barrier_arrive(k.refs.ds_full.at[here.slot])
-    return ds, here.visit.dropped(p).astype(k.problem.dtype)
-
-
-def add_dq(c: Consumer, work: KeyWork, head: Any, row0: Any, dq: jax.Array) -> None:
+def add_dq(c: Consumer, work: KeyWork, carry: Carry, dq: jax.Array) -> None:
     """Adds this consumer's share of dQ of a visit to global memory."""
     rows, columns = c.share
     slab = work.kv_block if mosaic.is_interpreting() else 0
-    q_tile = lax.div(row0, ROWS) + rows
-    mosaic.add(c.k.refs.dq_gmem.at[slab, work.batch, q_tile, head, columns], dq)
+    q_tile = lax.div(carry.row0, ROWS) + rows
+    mosaic.add(c.k.refs.dq_gmem.at[slab, work.batch, q_tile, carry.head, columns], dq)
+
+
+def probabilities(c: Consumer, here: Here, s: jax.Array) -> jax.Array:
+    """P^T from S^T and the lse of the forward, negative where dropout drops it."""
+    k = c.k
+    lse = mosaic.load_columns(k.refs.stats_smem.at[here.stage, pl.ds(0, k.config.block_q)])
+    base2 = here.visit.logits(s) * (k.unit * LOG2_E)
+    return here.visit.signed(jnp.exp2(base2 - mosaic.spread_columns(lse, s.shape)))
+
+
+def gradient(c: Consumer, here: Here, p: jax.Array, dp: jax.Array) -> jax.Array:
+    """dS^T = P^T (dP^T - delta), where dP^T has gone through dropout."""
+    block_q = c.k.config.block_q
+    delta = mosaic.load_columns(c.k.refs.stats_smem.at[here.stage, pl.ds(block_q, block_q)])
+    delta = mosaic.spread_columns(delta, p.shape)
+    if c.k.problem.dropout_rate == 0:
+        return p * (dp - delta)
+    return here.visit.kept(p) * dp - jnp.maximum(p, -p) * delta
+
+
+def show(c: Consumer, here: Here, ds: jax.Array) -> None:
+    """Shows dS^T to all consumers.
+
+    The place is free: it had what was shown two visits ago, and all have shown something since, as
+    they do after their product with what was shown before.
+    """
+    r = c.k.refs
+    for strip, start, width in r.ds_smem.at(here.slot, c.me).strips():
+        mosaic.store(strip.tiled, ds[:, start : start + width])
+    mosaic.commit_smem()
+    mosaic.barrier_arrive(r.ds_full.at[here.slot])
 
 
 def store(c: Consumer, work: KeyWork, form: mosaic.Form, x: jax.Array, gmem: mosaic.Ref) -> None:
@@ -507,7 +312,8 @@ def backward(
     base2 = jnp.where(empty, math.inf, lse * LOG2_E)
     by_tile = functools.partial(_by_tile, c, q_blocks)
     stats = jnp.concatenate([by_tile(base2, math.inf), by_tile(delta, 0.0)], axis=-1)
-    x = tiles.prepare(problem, operands, q_blocks * c.block_q, kv_blocks * c.block_kv)
+    sizes = q_blocks * c.block_q, kv_blocks * c.block_kv
+    x = tiles.prepare(problem, operands, *sizes, turned=True)
     q, k_, v = forms.q.array(x.query), forms.k.array(x.key), forms.v.array(x.value)
     x = x._replace(query=q, key=k_, value=v)
     kernel_of = functools.partial(Backward, p, c, schedule, blocks, forms)

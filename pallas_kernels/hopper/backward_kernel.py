@@ -24,7 +24,6 @@ class BackwardConfig:
 
     block_q: int = 64
     stages: int = 2
-    plan: str = 'c'
 
     def __post_init__(self) -> None:
         if self.block_q not in (ROWS, 2 * ROWS):
@@ -39,13 +38,12 @@ class BackwardConfig:
     @classmethod
     def default(cls, problem: spec.Problem) -> "BackwardConfig":
         """The one that shares a tile of dQ evenly among the consumers."""
-        return cls(block_q=ROWS * CONSUMERS // strips(problem.H))
+        return cls(block_q=ROWS * CONSUMERS // strips(problem))
 
 
-def strips(columns: int) -> int:
-    """How many strips a matrix takes: none, one or two, so that consumers can share them."""
-    assert columns <= MOST_COLUMNS
-    return -(-columns // _WIDTH)
+def strips(problem: spec.Problem) -> int:
+    """How many strips a head takes: one or two, so that consumers can share a tile of dQ."""
+    return -(-max(problem.H, problem.Hv) // _WIDTH)
 
 
 class Refs(NamedTuple):
@@ -90,14 +88,17 @@ class BackwardForms(NamedTuple):
 
     @classmethod
     def of(cls, p: spec.Problem, c: BackwardConfig) -> "BackwardForms":
+        def form(rows: int, columns: int) -> mosaic.Form:
+            return mosaic.Form.in_strips(rows, columns, _WIDTH, strips(p))
+
         return cls(
-            _form(c.block_q, p.H),
-            _form(ROWS, p.H),
-            _form(ROWS, p.Hv),
-            _form(c.block_q, p.Hv),
-            _form(ROWS, c.block_q),
-            _form(ROWS, p.H),
-            _form(ROWS, p.Hv),
+            q=form(c.block_q, p.H),
+            k=form(ROWS, p.H),
+            v=form(ROWS, p.Hv),
+            do=form(c.block_q, p.Hv),
+            ds=mosaic.Form.in_strips(ROWS, c.block_q, _WIDTH, c.block_q // _WIDTH),
+            dk=form(ROWS, p.H),
+            dv=form(ROWS, p.Hv),
         )
 
     def scratch(self, c: BackwardConfig, dtype: Any) -> list[Any]:
@@ -127,10 +128,6 @@ class BackwardForms(NamedTuple):
         """From what a kernel is given; ``rest`` are sums, outputs and scratch."""
         outputs, matrices, others = rest[:3], rest[3:9], rest[9:]
         return Refs(*inputs, *outputs, *map(mosaic.Matrix.of, matrices), *others)
-
-
-def _form(rows: int, columns: int) -> mosaic.Form:
-    return mosaic.Form.in_strips(rows, columns, _WIDTH)
 
 
 class KeyWork(NamedTuple):

@@ -107,7 +107,7 @@ def produce_rows(k: Backward, work: KeyWork, member: Any, step: Any) -> Any:
         pl.when(~empty)(lambda: copy(r.q_full.at[stage], r.do_full.at[stage]))
 
         @pl.when(empty)
-        def _() -> None:
+        def copy_and_zero() -> None:
             copy(r.q_raw, r.q_raw)
             mosaic.barrier_wait(r.q_raw)
             for row in range(0, c.block_q, ROWS):

@@ -70,15 +70,26 @@ class Visit(NamedTuple):
         decay = jnp.exp2(stats.m - base)
         p = jnp.exp2(s * unit - mosaic.spread_rows(base, s.shape))
         stats = Stats(m, stats.l * decay + jnp.sum(p, axis=1))
-        return stats, decay, self.dropped(p)
+        return stats, decay, self.kept(self.signed(p))
 
-    def dropped(self, p: jax.Array) -> jax.Array:
-        """``p`` after dropout."""
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing depends on where it is."""
+        return self.tile is None
+
+    def signed(self, p: jax.Array) -> jax.Array:
+        """Probabilities, negative where dropout drops them: the mask needs no registers."""
         if self.k.problem.dropout_rate == 0:
             return p
         assert self.tile is not None
         seed = self.k.refs.x.dropout_seed
-        return spec.dropout.apply(self.k.problem, self.tile, (seed[0], seed[1]), p)
+        keep = spec.dropout.keep(self.k.problem, self.tile, (seed[0], seed[1]))
+        return jnp.where(keep, p, -p)
+
+    def kept(self, p: jax.Array) -> jax.Array:
+        """What dropout makes of `signed` probabilities."""
+        rate = self.k.problem.dropout_rate
+        return p if rate == 0 else jnp.maximum(p, 0.0) * (1 / (1 - rate))
 
     def logits(self, s: jax.Array) -> jax.Array:
         """Logits in multiples of ``k.unit``, -inf where hidden."""

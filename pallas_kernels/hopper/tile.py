@@ -36,8 +36,13 @@ def in_kernel(problem: spec.Problem) -> spec.Problem:
     return dataclasses.replace(problem, score_mod=score, mask_mod=mask)
 
 
-def prepare(problem: spec.Problem, x: spec.Operands, rows: int, keys: int) -> spec.Operands:
-    """The operands as `tile_of` reads them, with ``rows`` and ``keys`` of whole tiles."""
+def prepare(
+    problem: spec.Problem, x: spec.Operands, rows: int, keys: int, *, turned: bool = False
+) -> spec.Operands:
+    """The operands as `tile_of` reads them, with ``rows`` and ``keys`` of whole tiles.
+
+    For a turned tile, bias and mask have keys before rows: a thread reads pairs of columns.
+    """
 
     def cover(y: Any, axis: int, size: int) -> Any:
         if y is None or y.shape[axis] == 1 or y.shape[axis] == size:
@@ -45,10 +50,14 @@ def prepare(problem: spec.Problem, x: spec.Operands, rows: int, keys: int) -> sp
         widths = [(0, size - n if i == axis else 0) for i, n in enumerate(y.shape)]
         return jnp.pad(y, widths)
 
+    def matrix(y: Any) -> Any:
+        y = cover(cover(y, 2, rows), 3, keys)
+        return y.mT if turned and y is not None else y
+
     mask = None if x.mask is None else x.mask.astype(jnp.int8)
     return x._replace(
-        bias=cover(cover(x.bias, 2, rows), 3, keys),
-        mask=cover(cover(mask, 2, rows), 3, keys),
+        bias=matrix(x.bias),
+        mask=matrix(mask),
         query_segment_ids=cover(x.query_segment_ids, 1, rows),
         key_value_segment_ids=cover(x.key_value_segment_ids, 1, keys),
         score_consts=tuple(map(_flat, x.score_consts)),
@@ -76,15 +85,11 @@ class Span(NamedTuple):
     def keys(self) -> tuple[Any, int]:
         return self.key0, self.shape[0 if self.turned else 1]
 
-    def spread(self, x: jax.Array, *, by_row: bool) -> jax.Array:
-        """A vector with an entry for each row of the logits, or for each key, as a matrix."""
-        down = by_row != self.turned
-        return (mosaic.spread_rows if down else mosaic.spread_columns)(x, self.shape)
-
     def load(self, ref: mosaic.Ref, *, by_row: bool) -> jax.Array:
-        """Such a vector, loaded and spread."""
-        down = by_row != self.turned
-        return self.spread((mosaic.load_rows if down else mosaic.load_columns)(ref), by_row=by_row)
+        """A vector with an entry for each row of the logits, or for each key, as a matrix."""
+        if by_row != self.turned:
+            return mosaic.spread_rows(mosaic.load_rows(ref), self.shape)
+        return mosaic.spread_columns(mosaic.load_columns(ref), self.shape)
 
 
 def tile_of(
@@ -207,14 +212,15 @@ def heads_of(ref: mosaic.Ref, work: Work) -> tuple[Any, Any]:
 
 
 def _window(ref: mosaic.Ref, work: Work, span: Span) -> Any:
-    """The part of [B|1, N|1, T|1, S|1] that a tile sees: a matrix, or a scalar."""
+    """The part of a bias or a mask, as `prepare` leaves them, that a tile sees, or a scalar."""
     batch, head = heads_of(ref, work)
-    rows, keys = pl.ds(*span.rows), pl.ds(*span.keys)
+    at = (span.keys, span.rows) if span.turned else (span.rows, span.keys)
+    down, across = (pl.ds(*window) for window in at)
     if ref.shape[2] > 1 and ref.shape[3] > 1:
-        part = ref.at[batch, head, rows, keys]
-        return mosaic.load_matrix(mosaic.swapped(part, (1, 0)) if span.turned else part)
+        return mosaic.load_matrix(ref.at[batch, head, down, across])
     if ref.shape[2] > 1:
-        return span.load(ref.at[batch, head, rows, 0], by_row=True)
+        return mosaic.spread_rows(mosaic.load_rows(ref.at[batch, head, down, 0]), span.shape)
     if ref.shape[3] > 1:
-        return span.load(ref.at[batch, head, 0, keys], by_row=False)
+        columns = mosaic.load_columns(ref.at[batch, head, 0, across])
+        return mosaic.spread_columns(columns, span.shape)
     return ref[batch, head, 0, 0]

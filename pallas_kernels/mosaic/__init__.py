@@ -37,7 +37,7 @@ from pallas_kernels.mosaic.matrix import (
     copy_in,
     copy_out,
 )
-from pallas_kernels.mosaic.memory import Ref, layout_cast, load, store, swapped, tiled_smem
+from pallas_kernels.mosaic.memory import Ref, layout_cast, load, store, tiled_smem
 from pallas_kernels.mosaic.sums import Sums, add
 from pallas_kernels.mosaic.values import (
     full,
@@ -95,7 +95,6 @@ __all__ = [
     "start",
     "start_columns",
     "store",
-    "swapped",
     "take_number",
     "tiled_smem",
     "uniform",

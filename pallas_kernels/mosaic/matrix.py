@@ -94,9 +94,9 @@ class Form(NamedTuple):
         return cls((Piece(columns // width, rows, width),), columns)
 
     @classmethod
-    def in_strips(cls, rows: int, columns: int, width: int) -> Form:
-        """In strips of one width, of which the last may reach beyond the array."""
-        return cls((Piece(-(-columns // width), rows, width),), columns)
+    def in_strips(cls, rows: int, columns: int, width: int, count: int) -> Form:
+        """In so many strips of one width; they may reach beyond the array's columns."""
+        return cls((Piece(count, rows, width),), columns)
 
     @property
     def columns(self) -> int:
