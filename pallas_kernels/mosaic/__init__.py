@@ -50,6 +50,7 @@ from pallas_kernels.mosaic.values import (
     spread_columns,
     spread_rows,
     uniform,
+    zeros,
 )
 
 __all__ = [
@@ -99,4 +100,5 @@ __all__ = [
     "tiled_smem",
     "uniform",
     "wait_smem_to_gmem",
+    "zeros",
 ]
