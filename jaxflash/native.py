@@ -6,6 +6,7 @@ import jax
 
 from jaxflash import tuning, xla
 from jaxflash.folding import folding
+from jaxflash.varying import varying_like
 from pallas_kernels import hopper, spec
 
 forward = folding(tuning.hopper_forward)
@@ -14,5 +15,6 @@ _backward = folding(hopper.backward, differentiates=True)
 
 def backward(problem: spec.Problem, operands: spec.Operands, *rest: jax.Array) -> Any:
     """Gradients by the kernel where it has them, else by XLA; takes out, lse and cotangents."""
-    chosen = xla.backward if hopper.supports_backward(problem) else _backward
-    return chosen(problem, operands, *rest)
+    if hopper.supports_backward(problem):
+        return xla.backward(problem, operands, *rest)
+    return varying_like(operands, _backward(problem, operands, *rest))

@@ -82,6 +82,53 @@ def test_tiles_of_any_size(H: int, config: hopper.Config, options: dict[str, Any
     )
 
 
+@runs
+@pytest.mark.parametrize("sinks", [False, True])
+def test_gradients_under_vmap(sinks: bool) -> None:
+    """Folded into the batch, or, where a gradient has no batch, one after the other."""
+    q, k, v = _normal(0, 3, 1, 40, 2, 16), _normal(1, 1, 70, 1, 16), _normal(2, 1, 70, 1, 24)
+    options: dict[str, Any] = {"sinks": jnp.ones(2)} if sinks else {}
+
+    def gradients(implementation: str) -> Any:
+        def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            out = jaxflash.dot_product_attention(
+                q, k, v, is_causal=True, query_offset=30, implementation=implementation, **options
+            )
+            return jnp.sum(out.astype(jnp.float32) ** 2)
+
+        return jax.vmap(jax.grad(loss, (0, 1, 2)), in_axes=(0, None, None))(q, k, v)
+
+    with _running():
+        actual = gradients("hopper")
+    for a, b in zip(actual, gradients("xla"), strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(
+            np.asarray(a, np.float32), np.asarray(b, np.float32), atol=0.05, rtol=0.05
+        )
+
+
+def test_which_gradients_are_the_kernels() -> None:
+    q, k = (jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16) for _ in range(2))
+    wide = jax.ShapeDtypeStruct((1, 256, 2, 136), jnp.bfloat16)
+
+    def reason(q: Any, k: Any, v: Any, **options: Any) -> str | None:
+        found: list[str | None] = []
+
+        def ask(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
+            found.append(hopper.supports_backward(canonicalize(q, k, v, **options)[0]))
+
+        jax.eval_shape(ask, q, k, v)
+        return found[0]
+
+    if jax.__version_info__ < (0, 11):
+        assert reason(q, k, k) == "needs JAX 0.11 or newer"
+        return
+    assert reason(q, k, k, is_causal=True) is None
+    assert "head dims up to 128" in str(reason(q, k, wide))
+    assert "logits that are modified" in str(reason(q, k, k, logits_soft_cap=3.0))
+    assert "logits that are modified" in str(reason(q, k, k, alibi_slopes=jnp.ones(2)))
+
+
 @needs_gpu
 @pytest.mark.parametrize("H", [64, 128, 256])
 @pytest.mark.parametrize("is_causal", [False, True])

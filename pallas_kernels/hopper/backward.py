@@ -24,7 +24,7 @@ from jax import lax
 
 from pallas_kernels import mosaic, spec
 from pallas_kernels.common import block_map
-from pallas_kernels.common.schedule import Schedule, Work, largest_divisor
+from pallas_kernels.common.schedule import Schedule, largest_divisor
 from pallas_kernels.hopper import gpu
 from pallas_kernels.hopper import tile as tiles
 from pallas_kernels.hopper.backward_kernel import (
@@ -47,16 +47,15 @@ class Consumer(NamedTuple):
     k: Backward
     me: Any  # which one
 
-    def here(self, work: KeyWork, step: Any, masked: bool) -> "Here":
-        """A visit, as the producer has told it."""
+    def here(self, work: KeyWork, member: Any, number: Any, masked: bool, step: Any) -> "Here":
+        """A visit to a head, by its number."""
         k = self.k
+        row0 = k.walk(work, member).tile(number) * k.config.block_q
+        key0 = work.kv_block * k.config.block_kv + self.me * ROWS
+        span = tiles.Span(row0, key0, (ROWS, k.config.block_q), turned=True)
         stage, slot = lax.rem(step, k.config.stages), lax.rem(step, 2)
-        mosaic.barrier_wait(k.refs.q_full.at[stage])
-        q_block, head = (mosaic.uniform(k.refs.visit_smem[stage, i]) for i in range(2))
-        row0, key0 = q_block * k.config.block_q, work.kv_block * k.config.block_kv
-        span = tiles.Span(row0, key0 + self.me * ROWS, (ROWS, k.config.block_q), turned=True)
-        visit = Visit.of(k, Work(work.batch, head, q_block), span, masked)
-        return Here(visit, head, row0, stage, slot)
+        of_rows = k.of_group(work, member)
+        return Here(Visit.of(k, of_rows, span, masked), of_rows.head, row0, stage, slot)
 
     def fresh(self) -> "Consumer":
         """The same, of which the compiler computes nothing beforehand, to hold it in registers."""
@@ -110,50 +109,72 @@ def consume(k: Backward) -> None:
 def attend(c: Consumer, work: KeyWork, step: Any) -> Any:
     """All visits of a tile of keys; returns the number of the next visit."""
     k = c.k
-    masked, count = (mosaic.uniform(k.refs.tile_smem[i]) for i in (1, 2))
 
-    def visits(masked: bool) -> Any:
-        return lambda j, carry: visit_once(c.fresh(), work, step + j, masked, carry)
+    def of_member(member: Any, state: tuple[Any, Carry]) -> tuple[Any, Carry]:
+        step, carry = state
+        walk = k.walk(work, member)
+        # The very first visit has been begun with.
+        first: Any = 1 if k.problem.G == 1 else jnp.where(member > 0, 0, 1)
 
-    carry = begin(c.fresh(), work, step)
-    first: Any = 1
-    if k.masks:
-        first = jnp.maximum(masked, 1)
-        carry = lax.fori_loop(1, first, visits(masked=True), carry)
-    carry = lax.fori_loop(first, count, visits(masked=False), carry)
+        def visits(masked: bool) -> Any:
+            return lambda j, carry: visit_once(c.fresh(), work, member, j, masked, step + j, carry)
+
+        if k.masks:
+            masked = jnp.maximum(walk.masked, first)
+            carry = lax.fori_loop(first, masked, visits(masked=True), carry)
+            first = masked
+        carry = lax.fori_loop(first, walk.count, visits(masked=False), carry)
+        return step + mosaic.opaque(walk.count), carry
+
+    state = (step, begin(c.fresh(), work, step))
+    if k.problem.G == 1:
+        state = of_member(0, state)
+    else:
+        state = lax.fori_loop(0, k.problem.G, of_member, state)
+    step, carry = state
     finish(c.fresh(), work, carry)
-    return step + count
+    return step
 
 
 def begin(c: Consumer, work: KeyWork, step: Any) -> Carry:
     """The first visit of a tile of keys."""
-    k = c.k
-    here = c.here(work, step, k.masks)
+    k, r = c.k, c.k.refs
+    here = c.here(work, 0, 0, k.masks, step)
     dk, dv = (
         mosaic.full((ROWS, form.columns), 0, jnp.float32) for form in (k.forms.dk, k.forms.dv)
     )
-    return differentiate(c, here, mosaic.settle(start_scores(c, here.stage)), dk, dv)
+    mosaic.barrier_wait(r.q_full.at[here.stage])
+    p = probabilities(c, here, mosaic.settle(start_scores(c, here.stage)))
+    return differentiate(c, here, p, dk, dv)
 
 
-def visit_once(c: Consumer, work: KeyWork, step: Any, masked: bool, carry: Carry) -> Carry:
+def visit_once(
+    c: Consumer, work: KeyWork, member: Any, number: Any, masked: bool, step: Any, carry: Carry
+) -> Carry:
     """A visit, with dQ of the one before."""
-    dq = start_dq(c, carry)
-    here = c.here(work, step, masked)
-    s = start_scores(c, here.stage)
-    add_dq(c, work, carry, mosaic.settle(dq, in_flight=1))
-    return differentiate(c, here, mosaic.settle(s), carry.dk, carry.dv)
+    r, here = c.k.refs, c.here(work, member, number, masked, step)
+    if masked:  # one after the other, or registers run out
+        add_dq(c, work, carry, mosaic.settle(start_dq(c, carry)))
+        mosaic.barrier_wait(r.q_full.at[here.stage])
+        p = probabilities(c, here, mosaic.settle(start_scores(c, here.stage)))
+    else:
+        mosaic.barrier_wait(r.q_full.at[here.stage])
+        s = start_scores(c, here.stage)
+        dq = start_dq(c, carry)
+        p = probabilities(c, here, mosaic.settle(s, in_flight=CONSUMERS))
+        p = lax.optimization_barrier(p)
+        add_dq(c, work, carry, mosaic.settle(dq))
+    return differentiate(c, here, p, carry.dk, carry.dv)
 
 
-def differentiate(c: Consumer, here: Here, s: jax.Array, dk: jax.Array, dv: jax.Array) -> Carry:
-    """A visit from S^T on; leaves dS in shared memory."""
+def differentiate(c: Consumer, here: Here, p: jax.Array, dk: jax.Array, dv: jax.Array) -> Carry:
+    """A visit from P^T on; leaves dS in shared memory."""
     r, dtype = c.k.refs, c.k.problem.dtype
-    # The barriers keep ptxas from awaiting dP^T before the exponentials.
     mosaic.barrier_wait(r.do_full.at[here.stage])
     dp = start_dp(c, here.stage)
-    p = lax.optimization_barrier(probabilities(c, here, s))
-    ds = gradient(c, here, p, mosaic.settle(dp)).astype(dtype)
     kept = here.visit.kept(p).astype(dtype)
     (dv,) = mosaic.start_columns(kept, r.do_smem.at(here.stage), (dv,))
+    ds = gradient(c, here, p, mosaic.settle(dp, in_flight=1)).astype(dtype)
     show(c, here, ds)
     (dk,) = mosaic.start_columns(ds, r.q_smem.at(here.stage), (dk,))
     dv, dk = mosaic.settle(dv, in_flight=1), mosaic.settle(dk)
@@ -173,14 +194,14 @@ def finish(c: Consumer, work: KeyWork, carry: Carry) -> None:
 
 def start_scores(c: Consumer, stage: Any) -> jax.Array:
     """Starts S^T = K Q^T."""
-    r, zeros = c.k.refs, mosaic.zeros((ROWS, c.k.config.block_q))
-    return mosaic.start(r.k_smem.at(c.me), r.q_smem.at(stage), zeros, transpose_b=True)
+    r = c.k.refs
+    return mosaic.start(r.k_smem.at(c.me), r.q_smem.at(stage), transpose_b=True)
 
 
 def start_dp(c: Consumer, stage: Any) -> jax.Array:
     """Starts dP^T = V dO^T."""
-    r, zeros = c.k.refs, mosaic.zeros((ROWS, c.k.config.block_q))
-    return mosaic.start(r.v_smem.at(c.me), r.do_smem.at(stage), zeros, transpose_b=True)
+    r = c.k.refs
+    return mosaic.start(r.v_smem.at(c.me), r.do_smem.at(stage), transpose_b=True)
 
 
 def start_dq(c: Consumer, carry: Carry) -> jax.Array:
@@ -188,10 +209,11 @@ def start_dq(c: Consumer, carry: Carry) -> jax.Array:
     r = c.k.refs
     rows, columns = c.share
     mosaic.barrier_wait(r.ds_full.at[carry.slot])
-    dq = mosaic.zeros((ROWS, ROWS))
+    dq = None
     for i in range(CONSUMERS):
         (ds,), (keys,) = r.ds_smem.at(carry.slot, i).views, r.k_smem.at(i).views
         dq = mosaic.start(ds.tiled.at[rows], keys.tiled.at[columns], dq, transpose_a=True)
+    assert dq is not None
     return dq
 
 

@@ -64,13 +64,10 @@ class Refs(NamedTuple):
     ds_smem: mosaic.Matrix  # [2, consumers, 64, block_q]
     out_smem: mosaic.Matrix  # [consumers, 64, H or Hv]
     stats_smem: mosaic.Ref  # [stages, 2 * block_q] float32
-    # [4] int32: which tile of keys comes next, how many of its visits need a mask, how many there
-    # are; a number taken, the producer's own
-    tile_smem: mosaic.Ref
-    visit_smem: mosaic.Ref  # [stages, 2] int32: the tile of queries of a visit, and the head
+    tile_smem: mosaic.Ref  # [2] int32: which tile of keys comes next; a number taken
     kv_full: mosaic.Ref
     kv_free: mosaic.Ref
-    q_full: mosaic.Ref  # [stages]: Q, the statistics, and what visit it is
+    q_full: mosaic.Ref  # [stages]: Q and the statistics
     do_full: mosaic.Ref  # [stages]
     free: mosaic.Ref  # [stages]: of Q, dO and the statistics
     ds_full: mosaic.Ref  # [2]
@@ -116,11 +113,10 @@ class BackwardForms(NamedTuple):
             self.ds.smem(2, CONSUMERS, dtype=dtype),
             wider.smem(CONSUMERS, dtype=dtype),
             mosaic.SMEM((c.stages, 2 * c.block_q), jnp.float32),
-            mosaic.SMEM((4,), jnp.int32),
-            mosaic.SMEM((c.stages, 2), jnp.int32),
+            mosaic.SMEM((2,), jnp.int32),
             mosaic.Barrier(num_arrivals=CONSUMERS * of_keys + 1),
             mosaic.Barrier(num_arrivals=CONSUMERS),
-            mosaic.Barrier(num_barriers=c.stages, num_arrivals=of_q + 2),
+            mosaic.Barrier(num_barriers=c.stages, num_arrivals=of_q + 1),
             mosaic.Barrier(num_barriers=c.stages, num_arrivals=of_do),
             mosaic.Barrier(num_barriers=c.stages, num_arrivals=CONSUMERS),
             mosaic.Barrier(num_barriers=2, num_arrivals=CONSUMERS),
@@ -159,7 +155,7 @@ class Backward(Kernel):
         return Work(work.batch, work.head * self.problem.G + member, None)
 
     def walk(self, work: KeyWork, member: Any) -> Walk:
-        """The tiles of queries of a head that a tile of keys visits; the producer asks for it."""
+        """The tiles of queries of a head that a tile of keys visits."""
         c, p, x, found = self.config, self.problem, self.refs.x, self.refs.map
         if found is not None:
             heads = tiles.heads_of(found.count, self.of_group(work, member))

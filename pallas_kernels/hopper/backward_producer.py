@@ -1,7 +1,6 @@
 """The producer of the backward: copies tiles into shared memory, and says which comes next."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,53 +18,37 @@ def produce(k: Backward) -> None:
     """Copies K, V, and Q, dO and the statistics of each visit, for each tile of this block."""
     c, r = k.config, k.refs
     block, counter = lax.axis_index("block"), mosaic.counter()
-    ticket = r.tile_smem.at[pl.ds(3, 1)]
+    ticket = r.tile_smem.at[pl.ds(1, 1)]
 
     def load(carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         round_, step, tile = carry
         work = k.work(tile)
-        announce(k, round_, tile, work)
+        announce(k, round_, tile)
         produce_keys(k, work)
-        for masked in (True, False) if k.masks else (False,):
 
-            def of_member(member: Any, step: Any, masked: bool = masked) -> Any:
-                return step + produce_rows(k, work, member, step, masked)
+        def of_member(member: Any, step: Any) -> Any:
+            return step + produce_rows(k, work, member, step)
 
-            step = over_group(k, of_member, step)
+        step = lax.fori_loop(0, k.problem.G, of_member, step)
         mosaic.take_number(counter, ticket, k.blocks)
         mosaic.commit_smem()
-        return round_ + 1, step, k.blocks + mosaic.uniform(ticket[0])
+        return round_ + 1, step, k.blocks + mosaic.uniform(r.tile_smem[1])
 
     if mosaic.is_interpreting():
-        ticket[0] = block - k.blocks
+        r.tile_smem[1] = block - k.blocks
     start = (jnp.int32(0), jnp.int32(0), block)
     rounds, steps, tile = lax.while_loop(lambda carry: carry[2] < k.schedule.tiles, load, start)
-    announce(k, rounds, tile, None)  # that there is none left
+    announce(k, rounds, tile)  # that there is none left
     arrive(r.kv_full, CONSUMERS * (k.forms.k.copies + k.forms.v.copies))
     mosaic.barrier_wait(r.kv_free)
     drain(steps, c.stages, r.free)
 
 
-def over_group(k: Backward, function: Callable[[Any, Any], Any], start: Any) -> Any:
-    """Applies a function to each head of a group and to what it returned for the one before."""
-    if k.problem.G == 1:
-        return function(0, start)
-    return lax.fori_loop(0, k.problem.G, function, start)
-
-
-def announce(k: Backward, round_: Any, tile: Any, work: KeyWork | None) -> None:
-    """Tells the consumers which tile comes next, and how many visits it takes."""
-    r, zero = k.refs, jnp.int32(0)
-
-    def count(member: Any, so_far: Any) -> Any:
-        assert work is not None
-        walk = k.walk(work, member)
-        return so_far[0] + walk.masked, so_far[1] + walk.count
-
-    masked, all_ = (zero, zero) if work is None else over_group(k, count, (zero, zero))
+def announce(k: Backward, round_: Any, tile: Any) -> None:
+    """Tells the consumers which tile comes next."""
+    r = k.refs
     pl.when(round_ > 0)(lambda: mosaic.barrier_wait(r.kv_free))
-    for i, number in enumerate((tile, masked, all_)):
-        r.tile_smem[i] = number
+    r.tile_smem[0] = tile
     mosaic.commit_smem()
     mosaic.barrier_arrive(r.kv_full)
 
@@ -100,26 +83,18 @@ def produce_keys(k: Backward, work: KeyWork) -> None:
         arrive(r.kv_full, CONSUMERS * (k.forms.k.copies + k.forms.v.copies))
 
 
-def produce_rows(k: Backward, work: KeyWork, member: Any, step: Any, masked: bool) -> Any:
-    """Copies Q, dO and the statistics of the visits to a head that need a mask, or that do not.
-
-    Returns how many there are.
-    """
+def produce_rows(k: Backward, work: KeyWork, member: Any, step: Any) -> Any:
+    """Copies Q, dO and the statistics of each visit to a head; returns how many there are."""
     c, r = k.config, k.refs
     walk, head = k.walk(work, member), k.of_group(work, member).head
-    first: Any = walk.masked if k.masks and not masked else 0
-    count = walk.masked if masked else walk.count - first
 
     def visit(j: Any, _: None) -> None:
-        stage, q_block = lax.rem(step + j, c.stages), walk.tile(first + j)
+        stage, q_block = lax.rem(step + j, c.stages), walk.tile(j)
         rows = pl.ds(q_block * c.block_q, c.block_q)
         q_gmem, do_gmem = (x.at[work.batch, rows, head] for x in (r.x.query, r.dout))
         stats_gmem = r.stats.at[work.batch, head, q_block]
         empty = None if r.empty is None else r.empty[work.batch, head, q_block] > 0
         pl.when(step + j >= c.stages)(lambda: mosaic.barrier_wait(r.free.at[stage]))
-        r.visit_smem[stage, 0], r.visit_smem[stage, 1] = q_block, head
-        mosaic.commit_smem()
-        mosaic.barrier_arrive(r.q_full.at[stage])
         mosaic.copy_gmem_to_smem(stats_gmem, r.stats_smem.at[stage], r.q_full.at[stage])
 
         def copy(q_barrier: mosaic.Ref, do_barrier: mosaic.Ref) -> None:
@@ -143,8 +118,8 @@ def produce_rows(k: Backward, work: KeyWork, member: Any, step: Any, masked: boo
             arrive(r.q_full.at[stage], k.forms.q.copies)
             arrive(r.do_full.at[stage], k.forms.do.copies)
 
-    lax.fori_loop(0, count, visit, None)
-    return count
+    lax.fori_loop(0, walk.count, visit, None)
+    return walk.count
 
 
 def _is_finite(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
