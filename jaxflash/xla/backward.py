@@ -59,7 +59,7 @@ def backward(
         return _map(lambda x, axes, y: tiling.put(x, y, axes, block), grads, here)
 
     grads = tiling.walk(visit, varying_like(operands, _start(tiling)))
-    return _as_operands(problem, operands, grads, _of_sinks(operands.sinks, lse, delta))
+    return _as_operands(problem, operands, grads, softmax.of_sinks(operands.sinks, lse, delta))
 
 
 def _of_tile(problem: spec.Problem, seed: Any, part: tiles.Part, rows: Rows) -> Gradients:
@@ -89,14 +89,6 @@ def _of_tile(problem: spec.Problem, seed: Any, part: tiles.Part, rows: Rows) -> 
     dq = tiles.dot(problem, "bkgqs,bksh->bkgqh", ds, part.k)
     dk = tiles.dot(problem, "bkgqs,bkgqh->bksh", ds, part.q)
     return Gradients(dq, dk, dv, parameters)
-
-
-def _of_sinks(sinks: Any, lse: jax.Array, delta: jax.Array) -> jax.Array | None:
-    """A sink is a key without a value: dp = 0, hence ds = -p delta."""
-    if sinks is None:
-        return None
-    p = softmax.probabilities(sinks.astype(lse.dtype).reshape(1, 1, -1, 1), lse)[..., 0]
-    return jnp.sum(-p * delta, axis=(0, 1))
 
 
 def _start(tiling: tiles.Tiling) -> Gradients:

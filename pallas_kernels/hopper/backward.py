@@ -358,7 +358,7 @@ def backward(
         query=dq.astype(p.dtype),
         key=dk[..., : p.H],
         value=dv[..., : p.Hv],
-        sinks=_of_sinks(operands.sinks, lse, delta),
+        sinks=spec.softmax.of_sinks(operands.sinks, lse, delta),
         score_consts=(None,) * len(operands.score_consts),
         mask_consts=(None,) * len(operands.mask_consts),
     )
@@ -370,14 +370,6 @@ def _by_tile(c: BackwardConfig, q_blocks: int, x: jax.Array, fill: Any) -> jax.A
     missing = q_blocks * c.block_q - x.shape[2]
     x = jnp.pad(x, ((0, 0), (0, 0), (0, missing)), constant_values=fill)
     return x.reshape(*x.shape[:2], q_blocks, c.block_q)
-
-
-def _of_sinks(sinks: Any, lse: jax.Array, delta: jax.Array) -> jax.Array | None:
-    """A sink is a key without a value: dp = 0, hence ds = -p delta."""
-    if sinks is None:
-        return None
-    p = spec.softmax.probabilities(sinks.astype(lse.dtype).reshape(1, 1, -1, 1), lse)[..., 0]
-    return jnp.sum(-p * delta, axis=(0, 1)).astype(sinks.dtype)
 
 
 def _heads_at_once(p: spec.Problem) -> int:

@@ -50,7 +50,6 @@ from pallas_kernels.mosaic.values import (
     spread_columns,
     spread_rows,
     uniform,
-    zeros,
 )
 
 __all__ = [
@@ -100,5 +99,4 @@ __all__ = [
     "tiled_smem",
     "uniform",
     "wait_smem_to_gmem",
-    "zeros",
 ]

@@ -26,24 +26,6 @@ def full(shape: tuple[int, ...], value: float, dtype: jax.typing.DTypeLike) -> j
     return layout_cast(jnp.full(shape, value, dtype), layout)
 
 
-def zeros(shape: tuple[int, int]) -> jax.Array:
-    """A float32 matrix of zeros that the compiler does not know to be.
-
-    For an accumulator that is started with while others are in use: known zeros would be put into
-    registers long before, as early as there is nothing in the way.
-    """
-    if interpreter.is_interpreting():
-        return jnp.zeros(shape, jnp.float32)
-
-    @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, plgpu.Layout.WGMMA))
-    def run(_: Any) -> Any:
-        f32 = ir.F32Type.get()
-        zero = llvm.inline_asm(f32, [], "mov.b32 $0, 0;", "=f", has_side_effects=True)
-        return fa.FragmentedArray.splat(zero, shape, fa.WGMMA_LAYOUT)
-
-    return run()
-
-
 def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
     """The int32 index of each element of a matrix along an axis.
 

@@ -75,5 +75,16 @@ def merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> tuple[Any, Any]:
     return out, jnp.where(seen, m + jnp.log(total), -jnp.inf)
 
 
+def of_sinks(sinks: Any, lse: Any, delta: Any) -> Any:
+    """The gradient of sinks [N], from lse and delta [B, T, N]; None without sinks.
+
+    A sink is a key without a value: dp = 0, hence ds = -p delta.
+    """
+    if sinks is None:
+        return None
+    p = probabilities(sinks.astype(lse.dtype).reshape(1, 1, -1, 1), lse)[..., 0]
+    return jnp.sum(-p * delta, axis=(0, 1)).astype(sinks.dtype)
+
+
 def _finite(m: Any) -> Any:
     return jnp.where(m == -jnp.inf, 0, m)
