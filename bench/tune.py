@@ -97,8 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _measured_before(gpu: str) -> dict[tuple[str, int, int], dict[str, Any]]:
-    text = (tuning.TABLES / f"{gpu}.json").read_text(encoding="utf-8")
-    return {(r["mask"], r["head_dim"], r["length"]): r for r in json.loads(text)["rows"]}
+    return {(r["mask"], r["head_dim"], r["length"]): r for r in tuning.table(gpu)}
 
 
 def _measure(

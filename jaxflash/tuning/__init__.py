@@ -49,7 +49,7 @@ def hopper_forward(problem: spec.Problem, operands: spec.Operands) -> tuple[jax.
 def hopper_config(problem: spec.Problem) -> hopper.Config:
     """The one measured for the next larger head dim, and for the nearest length by ratio."""
     kind = Kind.of(problem)
-    rows = [r for r in _rows(_gpu(problem.device)) if r["mask"] == kind.mask]
+    rows = [r for r in table(_gpu(problem.device)) if r["mask"] == kind.mask]
     head_dims = [r["head_dim"] for r in rows if r["head_dim"] >= kind.head_dim]
     # Measured where both head dims are the same: one that is much smaller leaves room for more.
     if not head_dims or problem.Hv <= 128 < problem.H:
@@ -66,7 +66,8 @@ def _gpu(device: spec.Device) -> str:
 
 
 @functools.cache
-def _rows(gpu: str) -> list[dict[str, Any]]:
+def table(gpu: str) -> list[dict[str, Any]]:
+    """The rows of a GPU's table."""
     text = (TABLES / f"{gpu}.json").read_text(encoding="utf-8")
     rows: list[dict[str, Any]] = json.loads(text)["rows"]
     return rows

@@ -41,9 +41,7 @@ def backward(
 ) -> spec.Operands:
     """Gradients of the floating operands; None for the others."""
     tiling = tiles.Tiling.of(problem, operands)
-    # d lse / d s = p and d out / d s = p (dp - delta): one vector carries both cotangents.
-    delta = jnp.sum(dout.astype(lse.dtype) * out.astype(lse.dtype), axis=-1) - dlse
-    delta = jnp.where(lse == -jnp.inf, 0, delta)
+    delta = softmax.delta(out, lse, dout, dlse)
     of_rows = [tiles.by_group(problem, tiling.pad_rows(x, 1)) for x in (dout, lse, delta)]
 
     def visit(grads: Gradients, block: spec.Tiles, masked: bool) -> Gradients:

@@ -36,8 +36,8 @@ from pallas_kernels.hopper.backward_kernel import (
     KeyWork,
 )
 from pallas_kernels.hopper.backward_producer import produce
-from pallas_kernels.hopper.config import REGISTERS, ROWS
-from pallas_kernels.hopper.kernel import LOG2_E
+from pallas_kernels.hopper.config import ROWS
+from pallas_kernels.hopper.kernel import LOG2_E, divide
 from pallas_kernels.hopper.softmax import Visit
 
 
@@ -55,7 +55,7 @@ class Consumer(NamedTuple):
         span = tiles.Span(row0, key0, (ROWS, k.config.block_q), turned=True)
         stage, slot = lax.rem(step, k.config.stages), lax.rem(step, 2)
         of_rows = k.of_group(work, member)
-        return Here(Visit.of(k, of_rows, span, masked), of_rows.head, row0, stage, slot)
+        return Here(Visit.of(k, of_rows, lambda: span, masked), of_rows.head, row0, stage, slot)
 
     def fresh(self) -> "Consumer":
         """The same, of which the compiler computes nothing beforehand, to hold it in registers."""
@@ -140,9 +140,7 @@ def begin(c: Consumer, work: KeyWork, step: Any) -> Carry:
     """The first visit of a tile of keys."""
     k, r = c.k, c.k.refs
     here = c.here(work, 0, 0, k.masks, step)
-    dk, dv = (
-        mosaic.full((ROWS, form.columns), 0, jnp.float32) for form in (k.forms.dk, k.forms.dv)
-    )
+    dk, dv = (mosaic.full((ROWS, form.columns), 0, jnp.float32) for form in (k.forms.k, k.forms.v))
     mosaic.barrier_wait(r.q_full.at[here.stage])
     p = probabilities(c, here, mosaic.settle(start_scores(c, here.stage)))
     return differentiate(c, here, p, dk, dv)
@@ -188,8 +186,8 @@ def finish(c: Consumer, work: KeyWork, carry: Carry) -> None:
     dq = mosaic.settle(start_dq(c, carry))
     mosaic.barrier_arrive(r.kv_free)
     add_dq(c, work, carry, dq)
-    store(c, work, k.forms.dv, carry.dv, r.dv_gmem)
-    store(c, work, k.forms.dk, carry.dk * k.problem.scale, r.dk_gmem)
+    store(c, work, carry.dv, r.dv_gmem)
+    store(c, work, carry.dk * k.problem.scale, r.dk_gmem)
 
 
 def start_scores(c: Consumer, stage: Any) -> jax.Array:
@@ -256,13 +254,13 @@ def show(c: Consumer, here: Here, ds: jax.Array) -> None:
     mosaic.barrier_arrive(r.ds_full.at[here.slot])
 
 
-def store(c: Consumer, work: KeyWork, form: mosaic.Form, x: jax.Array, gmem: mosaic.Ref) -> None:
+def store(c: Consumer, work: KeyWork, x: jax.Array, gmem: mosaic.Ref) -> None:
     """Stores this consumer's rows of dK or dV."""
     k = c.k
     keys = pl.ds(work.kv_block * k.config.block_kv + c.me * ROWS, ROWS)
     gmem = gmem.at[work.batch, keys, work.head]
     mosaic.wait_smem_to_gmem(0, wait_read_only=True)
-    places = list(k.refs.out_smem.at(c.me).strips())[: form.strips]
+    places = list(k.refs.out_smem.at(c.me).strips())
     for strip, start, width in places:
         mosaic.store(strip.tiled, x[:, start : start + width].astype(k.problem.dtype))
     mosaic.commit_smem()
@@ -303,11 +301,9 @@ def backward(
     p, forms = tiles.in_kernel(problem), BackwardForms.of(problem, c)
     schedule = Schedule(p.B, p.K, kv_blocks, _heads_at_once(p))
     blocks = min(blocks or gpu.multiprocessors(problem.device), schedule.tiles)
-    # d lse / d s = p and d out / d s = p (dp - delta): one vector carries both cotangents.
-    empty = lse == -math.inf
-    delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - dlse
     # The barrier keeps XLA from a sum within the transpose, which reads column by column.
-    delta = lax.optimization_barrier(jnp.where(empty, 0.0, delta))
+    delta = lax.optimization_barrier(spec.softmax.delta(out, lse, dout, dlse))
+    empty = lse == -math.inf
     base2 = jnp.where(empty, math.inf, lse * LOG2_E)
     by_tile = functools.partial(_by_tile, c, q_blocks)
     stats = jnp.concatenate([by_tile(base2, math.inf), by_tile(delta, 0.0)], axis=-1)
@@ -324,17 +320,7 @@ def backward(
     def backward_kernel(*refs: mosaic.Ref) -> None:
         inputs = jax.tree.unflatten(tree, refs[: len(leaves)])
         k = kernel_of(forms.refs(inputs, *refs[len(leaves) :]))
-        of_consumer, of_producer = REGISTERS[CONSUMERS][k.hides_keys or empties]
-
-        @pl.when(lax.axis_index("warpgroup") < CONSUMERS)
-        def _() -> None:
-            mosaic.set_max_registers(of_consumer, action="increase")
-            consume(k)
-
-        @pl.when(lax.axis_index("warpgroup") == CONSUMERS)
-        def _() -> None:
-            mosaic.set_max_registers(of_producer, action="decrease")
-            produce(k)
+        divide(CONSUMERS, k.hides_keys or empties, lambda: consume(k), lambda: produce(k))
 
     launch = mosaic.kernel(
         backward_kernel,

@@ -62,7 +62,7 @@ class Refs(NamedTuple):
     q_smem: mosaic.Matrix  # [stages, block_q, H]
     do_smem: mosaic.Matrix  # [stages, block_q, Hv]
     ds_smem: mosaic.Matrix  # [2, consumers, 64, block_q]
-    out_smem: mosaic.Matrix  # [consumers, 64, H or Hv]
+    out_smem: mosaic.Matrix  # [consumers, 64, H or Hv]: dV, then dK
     stats_smem: mosaic.Ref  # [stages, 2 * block_q] float32
     tile_smem: mosaic.Ref  # [2] int32: which tile of keys comes next; a number taken
     kv_full: mosaic.Ref
@@ -76,15 +76,13 @@ class Refs(NamedTuple):
 
 
 class BackwardForms(NamedTuple):
-    """How matrices are held in shared memory: all in strips of 64 columns."""
+    """How matrices are held in shared memory: those of a head in as many strips, dK as K is."""
 
     q: mosaic.Form
     k: mosaic.Form
     v: mosaic.Form
     do: mosaic.Form
     ds: mosaic.Form
-    dk: mosaic.Form
-    dv: mosaic.Form
 
     @classmethod
     def of(cls, p: spec.Problem, c: BackwardConfig) -> "BackwardForms":
@@ -97,21 +95,18 @@ class BackwardForms(NamedTuple):
             v=form(ROWS, p.Hv),
             do=form(c.block_q, p.Hv),
             ds=mosaic.Form.in_strips(ROWS, c.block_q, _WIDTH, c.block_q // _WIDTH),
-            dk=form(ROWS, p.H),
-            dv=form(ROWS, p.Hv),
         )
 
     def scratch(self, c: BackwardConfig, dtype: Any) -> list[Any]:
         """Shared memory and barriers, in the order of `Refs`."""
         of_keys, of_q, of_do = self.k.copies + self.v.copies, self.q.copies, self.do.copies
-        wider = max(self.dk, self.dv, key=lambda form: form.columns)
         return [
             self.k.smem(CONSUMERS, dtype=dtype),
             self.v.smem(CONSUMERS, dtype=dtype),
             self.q.smem(c.stages, dtype=dtype),
             self.do.smem(c.stages, dtype=dtype),
             self.ds.smem(2, CONSUMERS, dtype=dtype),
-            wider.smem(CONSUMERS, dtype=dtype),
+            self.k.smem(CONSUMERS, dtype=dtype),
             mosaic.SMEM((c.stages, 2 * c.block_q), jnp.float32),
             mosaic.SMEM((2,), jnp.int32),
             mosaic.Barrier(num_arrivals=CONSUMERS * of_keys + 1),

@@ -11,37 +11,28 @@ from jax import lax
 from pallas_kernels import mosaic
 from pallas_kernels.hopper.backward_kernel import CONSUMERS, Backward, KeyWork
 from pallas_kernels.hopper.config import ROWS
-from pallas_kernels.hopper.producer import Hidden, arrive, drain, zero_hidden
+from pallas_kernels.hopper.producer import Hidden, arrive, drain, each_tile, zero_hidden
 
 
 def produce(k: Backward) -> None:
     """Copies K, V, and Q, dO and the statistics of each visit, for each tile of this block."""
-    c, r = k.config, k.refs
-    block, counter = lax.axis_index("block"), mosaic.counter()
-    ticket = r.tile_smem.at[pl.ds(1, 1)]
+    r = k.refs
 
-    def load(carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-        round_, step, tile = carry
+    def load(round_: Any, step: Any, tile: Any) -> Any:
         work = k.work(tile)
         announce(k, round_, tile)
         produce_keys(k, work)
 
-        def of_member(member: Any, step: Any) -> Any:
-            return step + produce_rows(k, work, member, step)
+        def of_member(member: Any, count: Any) -> Any:
+            return count + produce_rows(k, work, member, step + count)
 
-        step = lax.fori_loop(0, k.problem.G, of_member, step)
-        mosaic.take_number(counter, ticket, k.blocks)
-        mosaic.commit_smem()
-        return round_ + 1, step, k.blocks + mosaic.uniform(r.tile_smem[1])
+        return lax.fori_loop(0, k.problem.G, of_member, jnp.int32(0))
 
-    if mosaic.is_interpreting():
-        r.tile_smem[1] = block - k.blocks
-    start = (jnp.int32(0), jnp.int32(0), block)
-    rounds, steps, tile = lax.while_loop(lambda carry: carry[2] < k.schedule.tiles, load, start)
+    rounds, steps, tile = each_tile(k, r.tile_smem.at[pl.ds(1, 1)], load)
     announce(k, rounds, tile)  # that there is none left
     arrive(r.kv_full, CONSUMERS * (k.forms.k.copies + k.forms.v.copies))
     mosaic.barrier_wait(r.kv_free)
-    drain(steps, c.stages, r.free)
+    drain(steps, k.config.stages, r.free)
 
 
 def announce(k: Backward, round_: Any, tile: Any) -> None:

@@ -32,8 +32,8 @@ from pallas_kernels.common.block_map import block_map, needs_map
 from pallas_kernels.common.schedule import Schedule, Work, largest_divisor
 from pallas_kernels.hopper import gpu
 from pallas_kernels.hopper import tile as tiles
-from pallas_kernels.hopper.config import REGISTERS, ROWS, Config
-from pallas_kernels.hopper.kernel import Forms, Forward
+from pallas_kernels.hopper.config import ROWS, Config
+from pallas_kernels.hopper.kernel import Forms, Forward, divide
 from pallas_kernels.hopper.producer import produce
 from pallas_kernels.hopper.softmax import Stats, Visit
 
@@ -48,9 +48,11 @@ class Consumer(NamedTuple):
         return work.q_block * self.k.config.block_q + self.me * ROWS
 
     def visit(self, work: Work, number: Any, masked: bool) -> Visit:
-        key0 = self.k.walk(work).tile(number) * self.k.config.block_kv
-        span = tiles.Span(self.row0(work), key0, (ROWS, self.k.config.block_kv))
-        return Visit.of(self.k, work, span, masked)
+        def find() -> tiles.Span:
+            key0 = self.k.walk(work).tile(number) * self.k.config.block_kv
+            return tiles.Span(self.row0(work), key0, (ROWS, self.k.config.block_kv))
+
+        return Visit.of(self.k, work, find, masked)
 
 
 class Carry(NamedTuple):
@@ -303,17 +305,7 @@ def forward(
     def forward_kernel(*refs: mosaic.Ref) -> None:
         x, found = jax.tree.unflatten(tree, refs[: len(leaves)])
         k = Forward(p, c, schedule, blocks, forms, forms.refs(x, found, *refs[len(leaves) :]))
-        of_consumer, of_producer = REGISTERS[c.consumers][k.hides_keys]
-
-        @pl.when(lax.axis_index("warpgroup") < c.consumers)
-        def _() -> None:
-            mosaic.set_max_registers(of_consumer, action="increase")
-            consume(k)
-
-        @pl.when(lax.axis_index("warpgroup") == c.consumers)
-        def _() -> None:
-            mosaic.set_max_registers(of_producer, action="decrease")
-            produce(k)
+        divide(c.consumers, k.hides_keys, lambda: consume(k), lambda: produce(k))
 
     launch = mosaic.kernel(
         forward_kernel,

@@ -1,17 +1,20 @@
-"""What the roles of the forward share: where things are, and which tiles there are."""
+"""What the roles share: where things are, and which tiles there are; the backward adds its own."""
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.experimental.pallas as pl
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels import mosaic, spec
 from pallas_kernels.common.block_map import BlockMap
 from pallas_kernels.common.schedule import Schedule, Work
 from pallas_kernels.common.walk import Walk, of_band
 from pallas_kernels.hopper import tile as tiles
-from pallas_kernels.hopper.config import ROWS, Config, Staging, modifies
+from pallas_kernels.hopper.config import REGISTERS, ROWS, Config, Staging, modifies
 
 LOG2_E = math.log2(math.e)
 
@@ -139,6 +142,26 @@ class Kernel:
         if p.masks_by_data or p.static_band is None or self.modifies:
             return True
         return p.static_band.transpose().any_keys(0, p.S, p.T) != (0, p.T)
+
+
+def divide(
+    consumers: int, cleans: bool, consume: Callable[[], None], produce: Callable[[], None]
+) -> None:
+    """Runs the consumers and the producer, each in its warpgroups, with registers for its task.
+
+    ``cleans`` tells whether the producer has rows to zero.
+    """
+    of_consumer, of_producer = REGISTERS[consumers][cleans]
+
+    @pl.when(lax.axis_index("warpgroup") < consumers)
+    def _() -> None:
+        mosaic.set_max_registers(of_consumer, action="increase")
+        consume()
+
+    @pl.when(lax.axis_index("warpgroup") == consumers)
+    def _() -> None:
+        mosaic.set_max_registers(of_producer, action="decrease")
+        produce()
 
 
 class Forward(Kernel):

@@ -19,29 +19,42 @@ from pallas_kernels.hopper.kernel import Forward, Kernel
 def produce(k: Forward) -> None:
     """Copies Q, K and V of each tile of this block."""
     c, r = k.config, k.refs
-    block, counter = lax.axis_index("block"), mosaic.counter()
 
-    def load(carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-        round_, step, tile = carry
+    def load(round_: Any, step: Any, tile: Any) -> Any:
         work = k.schedule.work(tile)
         stage = announce(k, round_, tile)
         for i in range(c.consumers):
             rows = pl.ds(work.q_block * c.block_q + i * ROWS, ROWS)
             q_gmem = r.x.query.at[work.batch, rows, work.head]
             mosaic.copy_in(q_gmem, r.q_smem.at(stage, i), r.q_full.at[stage])
-        count = produce_keys(k, work, step)
-        mosaic.take_number(counter, r.ticket_smem, k.blocks)
-        mosaic.commit_smem()
-        return round_ + 1, step + count, k.blocks + mosaic.uniform(r.ticket_smem[0])
+        return produce_keys(k, work, step)
 
-    if mosaic.is_interpreting():
-        r.ticket_smem[0] = block - k.blocks
-    start = (jnp.int32(0), jnp.int32(0), block)
-    rounds, steps, tile = lax.while_loop(lambda carry: carry[2] < k.schedule.tiles, load, start)
+    rounds, steps, tile = each_tile(k, r.ticket_smem, load)
     stage = announce(k, rounds, tile)  # that there is none left
     arrive(r.q_full.at[stage], c.consumers * k.forms.q.copies)
     drain(rounds + 1, c.q_stages, r.q_free)
     drain(steps, c.stages, r.k_free, r.v_free)
+
+
+def each_tile(k: Kernel, ticket: mosaic.Ref, load: Callable[[Any, Any, Any], Any]) -> Any:
+    """Calls ``load`` for each tile of this block, as it takes them.
+
+    It is given how many tiles there have been, how many visits, and the tile; and returns how many
+    visits it made. Returns the first two, and a tile beyond the last.
+    """
+    block, counter = lax.axis_index("block"), mosaic.counter()
+
+    def one(carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        round_, step, tile = carry
+        count = load(round_, step, tile)
+        mosaic.take_number(counter, ticket, k.blocks)
+        mosaic.commit_smem()
+        return round_ + 1, step + count, k.blocks + mosaic.uniform(ticket[0])
+
+    if mosaic.is_interpreting():
+        ticket[0] = block - k.blocks
+    start = (jnp.int32(0), jnp.int32(0), block)
+    return lax.while_loop(lambda carry: carry[2] < k.schedule.tiles, one, start)
 
 
 def announce(k: Forward, round_: Any, tile: Any) -> Any:

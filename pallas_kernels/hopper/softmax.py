@@ -1,6 +1,7 @@
 """Online softmax of the tiles of scores that a warpgroup visits, to base 2."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -53,10 +54,11 @@ class Visit(NamedTuple):
     tile: spec.Tile | None
 
     @classmethod
-    def of(cls, k: Kernel, work: Work, span: tiles.Span, masked: bool) -> "Visit":
-        """The visit of a tile of logits."""
+    def of(cls, k: Kernel, work: Work, find: Callable[[], tiles.Span], masked: bool) -> "Visit":
+        """The visit of a tile of logits; ``find`` is asked where it lies if that matters."""
         if not (masked or k.modifies or k.problem.dropout_rate > 0):
             return cls(k, masked, None, None)
+        span = find()
         # Opaque, so that what depends on it is not computed before the loop, to be held there.
         span = span._replace(row0=mosaic.opaque(span.row0), key0=mosaic.opaque(span.key0))
         return cls(k, masked, span, tiles.tile_of(k.problem, k.refs.x, work, span, masked))
@@ -71,11 +73,6 @@ class Visit(NamedTuple):
         p = jnp.exp2(s * unit - mosaic.spread_rows(base, s.shape))
         stats = Stats(m, stats.l * decay + jnp.sum(p, axis=1))
         return stats, decay, self.kept(self.signed(p))
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether nothing depends on where it is."""
-        return self.tile is None
 
     def signed(self, p: jax.Array) -> jax.Array:
         """Probabilities, negative where dropout drops them: the mask needs no registers."""

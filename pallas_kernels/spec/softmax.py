@@ -75,6 +75,15 @@ def merge(out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> tuple[Any, Any]:
     return out, jnp.where(seen, m + jnp.log(total), -jnp.inf)
 
 
+def delta(out: Any, lse: Any, dout: Any, dlse: Any) -> Any:
+    """What a row's ``dp`` is lessened by, so that ``ds = p (dp - delta)``; zero if it saw nothing.
+
+    d lse / d s = p and d out / d s = p (dp - sum(dout out)): one vector carries both cotangents.
+    """
+    found = jnp.sum(dout.astype(lse.dtype) * out.astype(lse.dtype), axis=-1) - dlse
+    return jnp.where(lse == -jnp.inf, 0, found)
+
+
 def of_sinks(sinks: Any, lse: Any, delta: Any) -> Any:
     """The gradient of sinks [N], from lse and delta [B, T, N]; None without sinks.
 
