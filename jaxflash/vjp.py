@@ -1,10 +1,14 @@
 """The only custom_vjp of the library: it joins a backend's forward with its backward."""
 
+import dataclasses
 import functools
+import operator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 
 from jaxflash.dispatch import Backend
 from jaxflash.varying import varying_like
@@ -31,17 +35,37 @@ def _attention(
     return backend.forward(problem, operands)
 
 
-def _forward(backend: Backend, problem: spec.Problem, operands: spec.Operands) -> Any:
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Constant:
+    """Names of the operands that nobody differentiates by."""
+
+    names: frozenset[str]
+
+
+def _forward(backend: Backend, problem: spec.Problem, primals: spec.Operands) -> Any:
+    operands, perturbed = (
+        jax.tree.map(operator.attrgetter(name), primals) for name in ("value", "perturbed")
+    )
+    names = (
+        name for name in perturbed._fields if not any(jax.tree.leaves(getattr(perturbed, name)))
+    )
     results = backend.forward(problem, operands)
     out, lse = (checkpoint_name(x, n) for x, n in zip(results, CHECKPOINT_NAMES, strict=True))
-    return (out, lse), (operands, out, lse)
+    return (out, lse), (operands, out, lse, _Constant(frozenset(names)))
 
 
 def _backward(
     backend: Backend, problem: spec.Problem, residuals: Any, cotangents: Any
 ) -> tuple[spec.Operands]:
     assert backend.backward is not None
-    return (backend.backward(problem, *residuals, *cotangents),)
+    operands, out, lse, constant = residuals
+    problem = dataclasses.replace(problem, constant=constant.names)
+    dout, dlse = (
+        varying_like(operands, jnp.zeros(x.shape, x.dtype)) if isinstance(ct, SymbolicZero) else ct
+        for x, ct in zip((out, lse), cotangents, strict=True)
+    )
+    return (backend.backward(problem, operands, out, lse, dout, dlse),)
 
 
-_attention.defvjp(_forward, _backward)
+_attention.defvjp(_forward, _backward, symbolic_zeros=True)

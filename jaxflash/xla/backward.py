@@ -131,11 +131,5 @@ def _as_operands(
         alibi_slopes=None if slopes is None else slopes.reshape(-1),
         sinks=sinks,
         score_consts=grads.parameters.consts,
-        mask_consts=(None,) * len(operands.mask_consts),
     )
-    return jax.tree.map(
-        lambda g, x: None if g is None else g.astype(x.dtype),
-        found,
-        operands,
-        is_leaf=lambda g: g is None,
-    )
+    return spec.gradients(operands, found)

@@ -24,7 +24,7 @@ from jax import lax
 
 from pallas_kernels import mosaic, spec
 from pallas_kernels.common import block_map
-from pallas_kernels.common.schedule import Schedule, largest_divisor
+from pallas_kernels.common.schedule import Schedule, Work, largest_divisor
 from pallas_kernels.hopper import gpu
 from pallas_kernels.hopper import tile as tiles
 from pallas_kernels.hopper.backward_kernel import (
@@ -34,6 +34,7 @@ from pallas_kernels.hopper.backward_kernel import (
     BackwardConfig,
     BackwardForms,
     KeyWork,
+    sums_bias,
 )
 from pallas_kernels.hopper.backward_producer import produce
 from pallas_kernels.hopper.config import ROWS
@@ -55,7 +56,8 @@ class Consumer(NamedTuple):
         span = tiles.Span(row0, key0, (ROWS, k.config.block_q), turned=True)
         stage, slot = lax.rem(step, k.config.stages), lax.rem(step, 2)
         of_rows = k.of_group(work, member)
-        return Here(Visit.of(k, of_rows, lambda: span, masked), of_rows.head, row0, stage, slot)
+        visit = Visit.of(k, of_rows, lambda: span, masked)
+        return Here(visit, of_rows, row0, key0, stage, slot)
 
     def fresh(self) -> "Consumer":
         """The same, of which the compiler computes nothing beforehand, to hold it in registers."""
@@ -71,10 +73,22 @@ class Here(NamedTuple):
     """A visit, and where it is."""
 
     visit: Visit
-    head: Any
+    of_rows: Work
     row0: Any
+    key0: Any
     stage: Any  # of Q and dO
     slot: Any  # of dS
+
+    @property
+    def head(self) -> Any:
+        return self.of_rows.head
+
+
+class Weights(NamedTuple):
+    """What of P^T the products need."""
+
+    kept: jax.Array  # [64, block_q], after dropout, in the dtype of the operands
+    p: jax.Array  # [64, block_q] float32, before it, times the slope of what modifies logits
 
 
 class Carry(NamedTuple):
@@ -82,6 +96,7 @@ class Carry(NamedTuple):
 
     dk: jax.Array  # [64, H] float32
     dv: jax.Array  # [64, Hv] float32
+    sums: tuple[jax.Array, ...]  # for each of `Backward.key_sums`: [64] float32, of a head
     head: Any
     row0: Any
     slot: Any
@@ -124,7 +139,7 @@ def attend(c: Consumer, work: KeyWork, step: Any) -> Any:
             carry = lax.fori_loop(first, masked, visits(masked=True), carry)
             first = masked
         carry = lax.fori_loop(first, walk.count, visits(masked=False), carry)
-        return step + mosaic.opaque(walk.count), carry
+        return step + mosaic.opaque(walk.count), finish_head(c.fresh(), work, member, carry)
 
     state = (step, begin(c.fresh(), work, step))
     if k.problem.G == 1:
@@ -142,8 +157,25 @@ def begin(c: Consumer, work: KeyWork, step: Any) -> Carry:
     here = c.here(work, 0, 0, k.masks, step)
     dk, dv = (mosaic.full((ROWS, form.columns), 0, jnp.float32) for form in (k.forms.k, k.forms.v))
     mosaic.barrier_wait(r.q_full.at[here.stage])
-    p = probabilities(c, here, mosaic.settle(start_scores(c, here.stage)))
-    return differentiate(c, here, p, dk, dv)
+    weights = probabilities(c, here, mosaic.settle(start_scores(c, here.stage)))
+    return differentiate(c, here, weights, dk, dv, nothing_summed(k))
+
+
+def nothing_summed(k: Backward) -> tuple[jax.Array, ...]:
+    return tuple(mosaic.full((ROWS,), 0, jnp.float32) for _ in k.key_sums)
+
+
+def finish_head(c: Consumer, work: KeyWork, member: Any, carry: Carry) -> Carry:
+    """Stores what has been summed over the rows of a head."""
+    if not carry.sums:
+        return carry
+    k, of_rows = c.k, c.k.of_group(work, member)
+    keys = pl.ds(work.kv_block * k.config.block_kv + c.me * ROWS, ROWS)
+    assert k.refs.sums_gmem is not None
+    for i, found in enumerate(carry.sums):
+        place = k.refs.sums_gmem.at[i, of_rows.batch, of_rows.head, keys]
+        mosaic.store(place, found, optimized=False)
+    return carry._replace(sums=nothing_summed(k))
 
 
 def visit_once(
@@ -154,30 +186,39 @@ def visit_once(
     if masked:  # one after the other, or registers run out
         add_dq(c, work, carry, mosaic.settle(start_dq(c, carry)))
         mosaic.barrier_wait(r.q_full.at[here.stage])
-        p = probabilities(c, here, mosaic.settle(start_scores(c, here.stage)))
+        weights = probabilities(c, here, mosaic.settle(start_scores(c, here.stage)))
     else:
         mosaic.barrier_wait(r.q_full.at[here.stage])
         s = start_scores(c, here.stage)
         dq = start_dq(c, carry)
-        p = probabilities(c, here, mosaic.settle(s, in_flight=CONSUMERS))
-        p = lax.optimization_barrier(p)
+        weights = probabilities(c, here, mosaic.settle(s, in_flight=CONSUMERS))
+        weights = lax.optimization_barrier(weights)
         add_dq(c, work, carry, mosaic.settle(dq))
-    return differentiate(c, here, p, carry.dk, carry.dv)
+    return differentiate(c, here, weights, carry.dk, carry.dv, carry.sums)
 
 
-def differentiate(c: Consumer, here: Here, p: jax.Array, dk: jax.Array, dv: jax.Array) -> Carry:
+def differentiate(
+    c: Consumer,
+    here: Here,
+    weights: Weights,
+    dk: jax.Array,
+    dv: jax.Array,
+    sums: tuple[jax.Array, ...],
+) -> Carry:
     """A visit from P^T on; leaves dS in shared memory."""
-    r, dtype = c.k.refs, c.k.problem.dtype
+    r = c.k.refs
     mosaic.barrier_wait(r.do_full.at[here.stage])
     dp = start_dp(c, here.stage)
-    kept = here.visit.kept(p).astype(dtype)
-    (dv,) = mosaic.start_columns(kept, r.do_smem.at(here.stage), (dv,))
-    ds = gradient(c, here, p, mosaic.settle(dp, in_flight=1)).astype(dtype)
+    (dv,) = mosaic.start_columns(weights.kept, r.do_smem.at(here.stage), (dv,))
+    exact = gradient(c, here, weights, mosaic.settle(dp, in_flight=1))
+    add_bias(c, here, exact)
+    sums = sum_keys(c, here, exact, sums)
+    ds = exact.astype(c.k.problem.dtype)
     show(c, here, ds)
     (dk,) = mosaic.start_columns(ds, r.q_smem.at(here.stage), (dk,))
     dv, dk = mosaic.settle(dv, in_flight=1), mosaic.settle(dk)
     mosaic.barrier_arrive(r.free.at[here.stage])
-    return Carry(dk, dv, here.head, here.row0, here.slot)
+    return Carry(dk, dv, sums, here.head, here.row0, here.slot)
 
 
 def finish(c: Consumer, work: KeyWork, carry: Carry) -> None:
@@ -223,22 +264,55 @@ def add_dq(c: Consumer, work: KeyWork, carry: Carry, dq: jax.Array) -> None:
     mosaic.add(c.k.refs.dq_gmem.at[slab, work.batch, q_tile, carry.head, columns], dq)
 
 
-def probabilities(c: Consumer, here: Here, s: jax.Array) -> jax.Array:
-    """P^T from S^T and the lse of the forward, negative where dropout drops it."""
+def probabilities(c: Consumer, here: Here, s: jax.Array) -> Weights:
+    """P^T from S^T and the lse of the forward."""
     k = c.k
     lse = mosaic.load_columns(k.refs.stats_smem.at[here.stage, pl.ds(0, k.config.block_q)])
-    base2 = here.visit.logits(s) * (k.unit * LOG2_E)
-    return here.visit.signed(jnp.exp2(base2 - mosaic.spread_columns(lse, s.shape)))
+    s, slope = here.visit.logits_and_slope(s)
+    p = jnp.exp2(s * (k.unit * LOG2_E) - mosaic.spread_columns(lse, s.shape))
+    kept = here.visit.kept(here.visit.signed(p)).astype(k.problem.dtype)
+    if slope is None:
+        return Weights(kept, p)
+    return Weights(kept, jnp.where(p > 0, p * slope, 0.0))  # of what is hidden it may be NaN
 
 
-def gradient(c: Consumer, here: Here, p: jax.Array, dp: jax.Array) -> jax.Array:
-    """dS^T = P^T (dP^T - delta), where dP^T has gone through dropout."""
-    block_q = c.k.config.block_q
+def gradient(c: Consumer, here: Here, weights: Weights, dp: jax.Array) -> jax.Array:
+    """dS^T = P^T (dP^T - delta), where dP^T has gone through dropout, times the slope."""
+    block_q, rate = c.k.config.block_q, c.k.problem.dropout_rate
     delta = mosaic.load_columns(c.k.refs.stats_smem.at[here.stage, pl.ds(block_q, block_q)])
-    delta = mosaic.spread_columns(delta, p.shape)
-    if c.k.problem.dropout_rate == 0:
-        return p * (dp - delta)
-    return here.visit.kept(p) * dp - jnp.maximum(p, -p) * delta
+    delta = mosaic.spread_columns(delta, dp.shape)
+    if rate > 0:
+        dp = jnp.where(weights.kept > 0, dp * (1 / (1 - rate)), 0.0)
+    return weights.p * (dp - delta)
+
+
+def add_bias(c: Consumer, here: Here, ds: jax.Array) -> None:
+    """Adds dS^T to the gradient of a bias that has rows and keys."""
+    k = c.k
+    if k.refs.dbias_gmem is None:
+        return
+    batch, head = tiles.heads_of(k.refs.dbias_gmem.at[0], here.of_rows)
+    slab = here.of_rows.batch * k.problem.N + here.head if mosaic.is_interpreting() else 0
+    keys = lax.div(here.key0, ROWS)
+    for i in range(k.config.block_q // ROWS):
+        place = k.refs.dbias_gmem.at[slab, batch, head, keys, lax.div(here.row0, ROWS) + i]
+        mosaic.add(place, ds[:, i * ROWS : (i + 1) * ROWS])
+
+
+def sum_keys(
+    c: Consumer, here: Here, ds: jax.Array, sums: tuple[jax.Array, ...]
+) -> tuple[jax.Array, ...]:
+    """Adds what a visit contributes to the sums over rows."""
+
+    def added(name: str, total: jax.Array) -> jax.Array:
+        if name == "bias":
+            return total + jnp.sum(ds, axis=1)
+        tile, span = here.visit.tile, here.visit.span
+        assert tile is not None
+        assert span is not None
+        return total - jnp.sum(ds * tiles.distance(tile, span), axis=1)
+
+    return tuple(added(n, x) for n, x in zip(c.k.key_sums, sums, strict=True))
 
 
 def show(c: Consumer, here: Here, ds: jax.Array) -> None:
@@ -319,15 +393,20 @@ def backward(
 
     def backward_kernel(*refs: mosaic.Ref) -> None:
         inputs = jax.tree.unflatten(tree, refs[: len(leaves)])
-        k = kernel_of(forms.refs(inputs, *refs[len(leaves) :]))
+        k = kernel_of(forms.refs(p, inputs, *refs[len(leaves) :]))
         divide(CONSUMERS, k.hides_keys or empties, lambda: consume(k), lambda: produce(k))
 
+    outputs = [
+        jax.ShapeDtypeStruct((p.B, p.S, p.K, mosaic.copied_columns(n)), p.dtype)
+        for n in (p.H, p.Hv)
+    ]
+    names = kernel_of(None).key_sums
+    if names:
+        shape = (len(names), p.B, p.N, kv_blocks * c.block_kv)
+        outputs.append(jax.ShapeDtypeStruct(shape, jnp.float32))
     launch = mosaic.kernel(
         backward_kernel,
-        out_type=[
-            jax.ShapeDtypeStruct((p.B, p.S, p.K, mosaic.copied_columns(n)), p.dtype)
-            for n in (p.H, p.Hv)
-        ],
+        out_type=outputs,
         scratch_types=forms.scratch(c, p.dtype),
         grid={"block": blocks},
         threads=("warpgroup", CONSUMERS + 1),
@@ -335,19 +414,39 @@ def backward(
         # waits at `ds_full`, where each thread arrives by itself.
         params=mosaic.compiler_params(reduction_scratch_bytes=0, unsafe_no_auto_barriers=True),
     )
-    matrices = (p.B, q_blocks * c.block_q // ROWS, p.N, forms.q.strips)
-    sums = mosaic.Sums.zero(kv_blocks, matrices)
-    dk, dv = launch(*leaves, sums.ref)
-    dq = sums.total().transpose(0, 1, 4, 2, 3, 5).reshape(p.B, -1, p.N, forms.q.columns)
+    row_tiles, key_tiles = q_blocks * c.block_q // ROWS, kv_blocks * CONSUMERS
+    dq_sums = mosaic.Sums.zero(kv_blocks, (p.B, row_tiles, p.N, forms.q.strips))
+    dbias_sums = None
+    if sums_bias(problem):
+        shape = (*x.bias.shape[:2], key_tiles, row_tiles)
+        dbias_sums = mosaic.Sums.zero(p.B * p.N, shape)
+    refs = [s.ref for s in (dq_sums, dbias_sums) if s is not None]
+    dk, dv, *by_key = launch(*leaves, *refs)
+    dq = dq_sums.total().transpose(0, 1, 4, 2, 3, 5).reshape(p.B, -1, p.N, forms.q.columns)
     dq = dq[:, : p.T, :, : p.H] * p.scale
-    return spec.Operands(
-        query=dq.astype(p.dtype),
+    of_keys = dict(zip(names, by_key[0], strict=True)) if names else {}
+    result = spec.Operands(
+        query=dq,
         key=dk[..., : p.H],
         value=dv[..., : p.Hv],
+        bias=_dbias(problem, dbias_sums, of_keys.get("bias")),
+        alibi_slopes=jnp.sum(of_keys["alibi_slopes"], (0, 2)) if "alibi_slopes" in names else None,
         sinks=spec.softmax.of_sinks(operands.sinks, lse, delta),
-        score_consts=(None,) * len(operands.score_consts),
-        mask_consts=(None,) * len(operands.mask_consts),
     )
+    return spec.gradients(operands, result)
+
+
+def _dbias(problem: spec.Problem, sums: mosaic.Sums | None, of_keys: Any) -> jax.Array | None:
+    """The gradient of a bias from sums of tiles of dS^T, or of keys over all rows."""
+    if sums is not None:
+        dbias = sums.total().transpose(0, 1, 3, 5, 2, 4)
+        dbias = dbias.reshape(*dbias.shape[:2], dbias.shape[2] * ROWS, -1)
+        return dbias[:, :, : problem.T, : problem.S]
+    if of_keys is None:
+        return None
+    shape = problem.operands.bias.shape
+    alike = tuple(axis for axis in (0, 1, 3) if shape[axis] == 1)
+    return jnp.sum(of_keys[:, :, None, : problem.S], alike, keepdims=True)
 
 
 def _by_tile(c: BackwardConfig, q_blocks: int, x: jax.Array, fill: Any) -> jax.Array:
@@ -366,11 +465,24 @@ def _heads_at_once(p: spec.Problem) -> int:
 
 def supports_backward(problem: spec.Problem) -> str | None:
     """Why this kernel cannot differentiate what the forward accepts, or None."""
-    p, x = problem, problem.operands
+    p = problem
     if not mosaic.Sums.exist():
         return "needs JAX 0.11 or newer"
     if max(p.H, p.Hv) > MOST_COLUMNS:
         return f"takes head dims up to {MOST_COLUMNS}; got {p.H=}, {p.Hv=}"
-    if x.bias is not None or x.alibi_slopes is not None or p.score_mod or p.soft_cap:
-        return "differentiates no logits that are modified"
-    return None
+    return _refused_logits(problem)
+
+
+def _refused_logits(p: spec.Problem) -> str | None:
+    """Why their gradients are not for this kernel, or None."""
+    bias = p.operands.bias
+    if p.differentiates("bias") and bias.shape[3] == 1 and bias.shape[2] > 1:
+        return "differentiates no bias that has rows, but not keys"
+    if p.differentiates("alibi_slopes") and (p.score_mod or p.soft_cap):
+        return "differentiates no slopes where logits are modified after them"
+    if p.score_mod is None:
+        return None
+    if p.differentiates("score_consts"):
+        return "differentiates no arrays that score_mod captures"
+    reason = mosaic.refusal(p.score_mod.with_slope)
+    return reason and f"cannot differentiate this score_mod: {reason}"

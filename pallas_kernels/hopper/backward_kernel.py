@@ -46,6 +46,20 @@ def strips(problem: spec.Problem) -> int:
     return -(-max(problem.H, problem.Hv) // _WIDTH)
 
 
+def sums_bias(problem: spec.Problem) -> bool:
+    """Whether the gradient of the bias is a matrix over rows and keys."""
+    return problem.differentiates("bias") and problem.operands.bias.shape[2] > 1
+
+
+def key_sums(problem: spec.Problem) -> tuple[str, ...]:
+    """Operands whose gradient comes from sums over the rows of each head, by key."""
+    found = {
+        "bias": problem.differentiates("bias") and not sums_bias(problem),
+        "alibi_slopes": problem.differentiates("alibi_slopes"),
+    }
+    return tuple(name for name, is_ in found.items() if is_)
+
+
 class Refs(NamedTuple):
     """Global memory, shared memory, barriers."""
 
@@ -55,8 +69,10 @@ class Refs(NamedTuple):
     empty: mosaic.Ref | None  # [B, N, q_blocks] int32: not 0 if a row sees nothing
     map: BlockMap | None
     dq_gmem: mosaic.Ref  # [slabs, B, T / 64, N, H / 64, 4096], of `mosaic.Sums`
+    dbias_gmem: mosaic.Ref | None  # [slabs, B|1, N|1, S / 64, T / 64, 4096], likewise
     dk_gmem: mosaic.Ref  # [B, S, K, H]
     dv_gmem: mosaic.Ref  # [B, S, K, Hv]
+    sums_gmem: mosaic.Ref | None  # [key sums, B, N, S in whole tiles] float32
     k_smem: mosaic.Matrix  # [consumers, 64, H]
     v_smem: mosaic.Matrix  # [consumers, 64, Hv]
     q_smem: mosaic.Matrix  # [stages, block_q, H]
@@ -119,10 +135,13 @@ class BackwardForms(NamedTuple):
             mosaic.Barrier(num_arrivals=of_q + of_do),
         ]
 
-    def refs(self, inputs: tuple[Any, ...], *rest: Any) -> Refs:
+    def refs(self, problem: spec.Problem, inputs: tuple[Any, ...], *rest: Any) -> Refs:
         """From what a kernel is given; ``rest`` are sums, outputs and scratch."""
-        outputs, matrices, others = rest[:3], rest[3:9], rest[9:]
-        return Refs(*inputs, *outputs, *map(mosaic.Matrix.of, matrices), *others)
+        found: Any = iter(rest)
+        dq, dbias = next(found), next(found) if sums_bias(problem) else None
+        dk, dv, sums = next(found), next(found), next(found) if key_sums(problem) else None
+        matrices = [mosaic.Matrix.of(next(found)) for _ in range(6)]
+        return Refs(*inputs, dq, dbias, dk, dv, sums, *matrices, *found)
 
 
 class KeyWork(NamedTuple):
@@ -139,6 +158,10 @@ class Backward(Kernel):
     config: BackwardConfig
     forms: BackwardForms
     refs: Refs
+
+    @property
+    def key_sums(self) -> tuple[str, ...]:
+        return key_sums(self.problem)
 
     def work(self, tile: Any) -> KeyWork:
         """The tile of keys that comes at a place of the order: the first ones have most to do."""

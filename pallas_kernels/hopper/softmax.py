@@ -90,16 +90,31 @@ class Visit(NamedTuple):
 
     def logits(self, s: jax.Array) -> jax.Array:
         """Logits in multiples of ``k.unit``, -inf where hidden."""
-        problem, unit = self.k.problem, self.k.unit
+        if not self.k.modifies:
+            return self.seen(s)
+        return self.seen(self._modified(s, spec.score.modify))
+
+    def logits_and_slope(self, s: jax.Array) -> tuple[jax.Array, Any]:
+        """`logits`, and their derivative by ``scale * q.k``; None where that is 1."""
+        if not self.k.modifies:
+            return self.seen(s), None
+        s, slope = self._modified(s, spec.score.modify_with_slope)
+        return self.seen(s), slope
+
+    def _modified(self, s: jax.Array, modify: Callable[..., Any]) -> Any:
+        problem, unit, span = self.k.problem, self.k.unit, self.span
+        assert self.tile is not None
+        assert span is not None
+        return tiles.modified(problem, self.tile, span, s * (problem.scale / unit), unit, modify)
+
+    def seen(self, s: jax.Array) -> jax.Array:
+        """Logits, -inf where hidden."""
+        if not self.masked:
+            return s
         span: Any = self.span
-        if self.k.modifies:
-            assert self.tile is not None
-            s = tiles.modified(problem, self.tile, span, s * (problem.scale / unit), unit)
-        if self.masked:
-            assert self.tile is not None
-            if self.k.modifies:  # one after the other, or registers run out
-                s = lax.optimization_barrier(s)
-                span = span._replace(key0=mosaic.opaque(span.key0))
-            allowed = tiles.allowed(problem, self.tile, span)
-            s = s if allowed is None else jnp.where(allowed, s, -math.inf)
-        return s
+        assert self.tile is not None
+        if self.k.modifies:  # one after the other, or registers run out
+            s = lax.optimization_barrier(s)
+            span = span._replace(key0=mosaic.opaque(span.key0))
+        allowed = tiles.allowed(self.k.problem, self.tile, span)
+        return s if allowed is None else jnp.where(allowed, s, -math.inf)

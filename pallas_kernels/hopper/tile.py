@@ -6,6 +6,7 @@ copied: queries, keys and values.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,10 +24,14 @@ class _InKernel:
     """A `spec.ElementFunction` that is applied inside a kernel; its captures are references."""
 
     def __init__(self, function: spec.ElementFunction) -> None:
-        self._program = function.program
+        self._function = function
 
     def __call__(self, captures: tuple[mosaic.Ref, ...], *args: Any) -> jax.Array:
-        return mosaic.evaluate(self._program, captures, *args)
+        return mosaic.evaluate(self._function.program, captures, *args)[0]
+
+    def with_slope(self, captures: tuple[mosaic.Ref, ...], *args: Any) -> list[jax.Array]:
+        """Also the derivative by the first argument."""
+        return mosaic.evaluate(self._function.with_slope, captures, *args)
 
 
 def in_kernel(problem: spec.Problem) -> spec.Problem:
@@ -156,9 +161,14 @@ def band_of(problem: spec.Problem, x: spec.Operands, batch: Any) -> spec.Band:
 
 
 def modified(
-    problem: spec.Problem, tile: spec.Tile, span: Span, s: jax.Array, unit: float
-) -> jax.Array:
-    """`spec.score.modify` of logits that are given, and returned, in multiples of ``unit``.
+    problem: spec.Problem,
+    tile: spec.Tile,
+    span: Span,
+    s: jax.Array,
+    unit: float,
+    modify: Callable[..., Any] = spec.score.modify,  # or `modify_with_slope`
+) -> Any:
+    """``modify`` of logits that are given, and returned, in multiples of ``unit``.
 
     Those that a bias is added to, or that a function modifies, are given in multiples of 1.
 
@@ -170,13 +180,20 @@ def modified(
     if problem.soft_cap is not None:
         problem = dataclasses.replace(problem, soft_cap=problem.soft_cap / unit)
     if problem.score_mod is None and slope is not None:
-        tile = counted_from(tile, span)
-        tile = tile._replace(
-            key=tile.key.astype(jnp.float32),
-            position=tile.position.astype(jnp.float32),
-            parameters=tile.parameters._replace(alibi_slope=slope / unit),
-        )
-    return spec.score.modify(problem, tile, s)
+        tile = _floating(counted_from(tile, span))
+        tile = tile._replace(parameters=tile.parameters._replace(alibi_slope=slope / unit))
+    return modify(problem, tile, s)
+
+
+def distance(tile: spec.Tile, span: Span) -> jax.Array:
+    """`spec.score.distance`, counting keys as `counted_from` does."""
+    tile = counted_from(tile, span)
+    return spec.score.distance(_floating(tile))
+
+
+def _floating(tile: spec.Tile) -> spec.Tile:
+    position, key = (x.astype(jnp.float32) for x in (tile.position, tile.key))
+    return tile._replace(position=position, key=key)
 
 
 def allowed(problem: spec.Problem, tile: spec.Tile, span: Span) -> Any:

@@ -39,7 +39,7 @@ class _Captured(NamedTuple):
         return value != 0 if self.dtype == jnp.bool_ else value
 
 
-def evaluate(program: Any, captures: Sequence[Ref], *args: Any) -> Any:
+def evaluate(program: Any, captures: Sequence[Ref], *args: Any) -> list[Any]:
     """Applies a program of captured arrays and scalars to matrices and scalars.
 
     Args:
@@ -48,12 +48,12 @@ def evaluate(program: Any, captures: Sequence[Ref], *args: Any) -> Any:
       *args: The rest of the inputs: scalars, or matrices of one shape.
 
     Returns:
-      The program's only output.
+      The program's outputs; a scalar stands for a matrix of them.
     """
     jaxpr = program.jaxpr
     avals = [v.aval for v in jaxpr.invars[: len(captures)]]
     views = [_simplest(_Captured.whole(r, a)) for r, a in zip(captures, avals, strict=True)]
-    return _run(jaxpr, program.consts, [*views, *args])[0]
+    return _run(jaxpr, program.consts, [*views, *args])
 
 
 def refusal(program: Any) -> str | None:
@@ -177,6 +177,7 @@ _REPLACED: dict[str, Callable[..., Any]] = {
     "pow": lambda x, y, **_: jnp.exp2(jnp.log2(x) * y.astype(x.dtype)),
     "integer_pow": _integer_pow,
     "square": lambda x, **_: x * x,
+    "one_minus_square": lambda x, **_: 1 - x * x,
     "logistic": lambda x, **_: 1 / (1 + jnp.exp(-x)),
     "erf": _erf,
     "sign": lambda x, **_: jnp.where(x > 0, 1, jnp.where(x < 0, -1, 0)).astype(x.dtype),

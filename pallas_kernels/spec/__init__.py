@@ -3,7 +3,14 @@
 from pallas_kernels.spec import dropout, mask, score, softmax
 from pallas_kernels.spec.band import Band
 from pallas_kernels.spec.blocks import Tiles, coverage, visible_tiles
-from pallas_kernels.spec.problem import Device, ElementFunction, Operands, Problem, extent
+from pallas_kernels.spec.problem import (
+    Device,
+    ElementFunction,
+    Operands,
+    Problem,
+    extent,
+    gradients,
+)
 from pallas_kernels.spec.tile import ScoreParameters, Tile, tile_of, window_of
 
 __all__ = [
@@ -18,6 +25,7 @@ __all__ = [
     "coverage",
     "dropout",
     "extent",
+    "gradients",
     "mask",
     "score",
     "softmax",

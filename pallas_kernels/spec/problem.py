@@ -1,6 +1,7 @@
 """What is asked of a backend: the arrays of a call, and everything about it that is static."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -47,6 +48,24 @@ class Operands(NamedTuple):
     mask_consts: tuple[Any, ...] = ()  # arrays captured by mask_mod
 
 
+def gradients(operands: Operands, found: Operands) -> Operands:
+    """Gradients in the dtypes of the operands; None for those that have none."""
+
+    def each(found: tuple[Any, ...], consts: tuple[Any, ...]) -> tuple[Any, ...]:
+        return found or (None,) * len(consts)
+
+    found = found._replace(
+        score_consts=each(found.score_consts, operands.score_consts),
+        mask_consts=each((), operands.mask_consts),
+    )
+    return jax.tree.map(
+        lambda g, x: None if g is None else g.astype(x.dtype),
+        found,
+        operands,
+        is_leaf=lambda g: g is None,
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class ElementFunction:
     """A user's elementwise function, traced on scalars, its captured arrays made arguments.
@@ -57,6 +76,7 @@ class ElementFunction:
 
     structure: Any  # compares equal for equal programs only
     program: Any = dataclasses.field(compare=False)  # ClosedJaxpr of captures and scalars
+    captures: int = dataclasses.field(compare=False)  # how many of its inputs
 
     @classmethod
     def trace(
@@ -77,12 +97,25 @@ class ElementFunction:
         consts = tuple(closed.consts)
         types = tuple(jax.ShapeDtypeStruct(jnp.shape(c), jnp.result_type(c)) for c in consts)
         program = jax.make_jaxpr(opened)(types, *scalars)
-        return cls(str(program) if _is_told_by_its_text(program) else object(), program), consts
+        return cls(
+            str(program) if _is_told_by_its_text(program) else object(), program, len(consts)
+        ), consts
 
     @property
     def result(self) -> Any:
         """Abstract values of what the function returns, one for each leaf."""
         return self.program.out_avals
+
+    @functools.cached_property
+    def with_slope(self) -> Any:
+        """The program that also returns the derivative by the first scalar."""
+        scalar = jex_core.jaxpr_as_fun(self.program)
+
+        def both(*args: Any) -> Any:
+            consts, (x, *rest) = args[: self.captures], args[self.captures :]
+            return jax.jvp(lambda x: scalar(*consts, x, *rest)[0], (x,), (jnp.ones_like(x),))
+
+        return jax.make_jaxpr(both)(*self.program.in_avals)
 
     def __call__(self, consts: tuple[Any, ...], *args: Any) -> Any:
         """Applies the function elementwise to broadcastable arrays.
@@ -129,6 +162,7 @@ class Problem:
     dropout_rate: float = 0.0
     precision: Any = None
     deterministic: bool = False
+    constant: frozenset[str] = frozenset()  # operands whose gradients nobody asks for
 
     @property
     def B(self) -> int:
@@ -177,6 +211,12 @@ class Problem:
         if self.operands.query_offset is None:
             return self.band.shift(self.query_offset)
         return self.band if self.band.is_unbounded else None
+
+    def differentiates(self, name: str) -> bool:
+        """Whether the gradient of an operand is asked for."""
+        leaves = jax.tree.leaves(getattr(self.operands, name))
+        floating = any(jnp.issubdtype(x.dtype, jnp.floating) for x in leaves)
+        return floating and name not in self.constant
 
     @property
     def masks_by_data(self) -> bool:

@@ -3,6 +3,7 @@
 Backends differentiate ``modify`` with ``jax.vjp``: no modification has a hand-written derivative.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -24,13 +25,38 @@ def modify(problem: Problem, tile: Tile, s: Any) -> Any:
     if problem.soft_cap is not None:
         s = problem.soft_cap * jnp.tanh(s * (1 / problem.soft_cap))
     if parameters.alibi_slope is not None:
-        distance = jnp.abs(tile.position - tile.key).astype(s.dtype)
-        s = s - parameters.alibi_slope.astype(s.dtype) * distance
+        s = s - parameters.alibi_slope.astype(s.dtype) * distance(tile).astype(s.dtype)
     if problem.score_mod is not None:
         where = coordinates(problem, tile)
         score = s.astype(problem.compute_dtype)
         s = problem.score_mod(parameters.consts, score, *where).astype(s.dtype)
     return s
+
+
+def distance(tile: Tile) -> Any:
+    """What ALiBi's slope is multiplied with."""
+    return jnp.abs(tile.position - tile.key)
+
+
+def modify_with_slope(problem: Problem, tile: Tile, s: Any) -> tuple[Any, Any]:
+    """``modify`` and its derivative by ``s``, element by element; None where that is 1.
+
+    ``score_mod`` has to come with a derivative.
+    """
+    function = problem.score_mod
+    before = dataclasses.replace(problem, score_mod=None)
+    slope = None
+    if problem.soft_cap is None:
+        s = modify(before, tile, s)
+    else:
+        s, slope = jax.jvp(lambda s: modify(before, tile, s), (s,), (jnp.ones_like(s),))
+    if function is None:
+        return s, slope
+    score = s.astype(problem.compute_dtype)
+    where = coordinates(problem, tile)
+    value, last = function.with_slope(tile.parameters.consts, score, *where)
+    last = last.astype(s.dtype)
+    return value.astype(s.dtype), last if slope is None else slope * last
 
 
 def differentiate(problem: Problem, tile: Tile, s: Any) -> tuple[Any, Any]:
