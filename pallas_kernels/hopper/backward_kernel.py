@@ -14,36 +14,59 @@ from pallas_kernels.hopper.config import ROWS
 from pallas_kernels.hopper.kernel import Kernel
 
 CONSUMERS = 2
-_WIDTH = 64  # of strips of 16-bit elements
-MOST_COLUMNS = 128
+_NARROW = 128  # the most columns whose dK and dV of 64 keys fit into registers
 
 
 @dataclasses.dataclass(frozen=True)
 class BackwardConfig:
-    """How a backward is cut into tiles."""
+    """How a backward is cut into tiles.
+
+    The two consumers divide a tile of logits by keys, each with 64 of its own, or, for wide heads,
+    by rows, and 64 keys' dK and dV by columns.
+    """
 
     block_q: int = 64
     stages: int = 2
+    by_columns: bool = False
 
     def __post_init__(self) -> None:
-        if self.block_q not in (ROWS, 2 * ROWS):
-            raise ValueError(f"block_q must be {ROWS} or {2 * ROWS}; got {self.block_q}")
+        choices = (ROWS,) if self.by_columns else (ROWS, 2 * ROWS)
+        if self.block_q not in choices:
+            raise ValueError(f"block_q must be one of {choices}; got {self.block_q}")
         if self.stages < 2:
             raise ValueError(f"needs stages >= 2; got {self.stages}")
 
     @property
+    def key_groups(self) -> int:
+        """Of 64 keys in a tile."""
+        return 1 if self.by_columns else CONSUMERS
+
+    @property
     def block_kv(self) -> int:
-        return CONSUMERS * ROWS
+        return self.key_groups * ROWS
+
+    @property
+    def rows(self) -> int:
+        """Of a tile of queries, how many a consumer has the logits of."""
+        return self.block_q // CONSUMERS if self.by_columns else self.block_q
+
+    @property
+    def width(self) -> int:
+        """Of strips of 16-bit elements."""
+        return 32 if self.by_columns else 64
+
+    def strips(self, columns: int) -> int:
+        """In how many strips so many columns are held."""
+        count = -(-columns // self.width)
+        return count + count % CONSUMERS if self.by_columns else count
 
     @classmethod
     def default(cls, problem: spec.Problem) -> "BackwardConfig":
         """The one that shares a tile of dQ evenly among the consumers."""
-        return cls(block_q=ROWS * CONSUMERS // strips(problem))
-
-
-def strips(problem: spec.Problem) -> int:
-    """How many strips a head takes: one or two, so that consumers can share a tile of dQ."""
-    return -(-max(problem.H, problem.Hv) // _WIDTH)
+        wide = max(problem.H, problem.Hv)
+        if wide > _NARROW:
+            return cls(by_columns=True)
+        return cls(block_q=ROWS if wide > ROWS else 2 * ROWS)
 
 
 def sums_bias(problem: spec.Problem) -> bool:
@@ -68,31 +91,33 @@ class Refs(NamedTuple):
     stats: mosaic.Ref  # [B, N, q_blocks, 2 * block_q] float32: lse to base 2, and delta
     empty: mosaic.Ref | None  # [B, N, q_blocks] int32: not 0 if a row sees nothing
     map: BlockMap | None
-    dq_gmem: mosaic.Ref  # [slabs, B, T / 64, N, H / 64, 4096], of `mosaic.Sums`
-    dbias_gmem: mosaic.Ref | None  # [slabs, B|1, N|1, S / 64, T / 64, 4096], likewise
+    dq_gmem: mosaic.Ref  # [slabs, B, T / 64, N, strips, 64 * width], of `mosaic.Sums`
+    dbias_gmem: mosaic.Ref | None  # [slabs, B|1, N|1, S / 64, T / n, 64 * n], n = min(rows, 64)
     dk_gmem: mosaic.Ref  # [B, S, K, H]
     dv_gmem: mosaic.Ref  # [B, S, K, Hv]
-    sums_gmem: mosaic.Ref | None  # [key sums, B, N, S in whole tiles] float32
-    k_smem: mosaic.Matrix  # [consumers, 64, H]
-    v_smem: mosaic.Matrix  # [consumers, 64, Hv]
+    sums_gmem: mosaic.Ref | None  # [key sums, 2 if by_columns else 1, B, N, S] float32
+    k_smem: mosaic.Matrix  # [key_groups, 64, H]
+    v_smem: mosaic.Matrix  # [key_groups, 64, Hv]
     q_smem: mosaic.Matrix  # [stages, block_q, H]
     do_smem: mosaic.Matrix  # [stages, block_q, Hv]
-    ds_smem: mosaic.Matrix  # [2, consumers, 64, block_q]
-    out_smem: mosaic.Matrix  # [consumers, 64, H or Hv]: dV, then dK
+    ds_smem: mosaic.Matrix  # [2, key_groups, 64, block_q]
+    p_smem: mosaic.Matrix  # likewise, if by_columns
+    out_smem: mosaic.Matrix  # [consumers, 64, H or Hv]: dV, then dK; unless by_columns
     stats_smem: mosaic.Ref  # [stages, 2 * block_q] float32
     tile_smem: mosaic.Ref  # [2] int32: which tile of keys comes next; a number taken
     kv_full: mosaic.Ref
     kv_free: mosaic.Ref
     q_full: mosaic.Ref  # [stages]: Q and the statistics
     do_full: mosaic.Ref  # [stages]
-    free: mosaic.Ref  # [stages]: of Q, dO and the statistics
+    free: mosaic.Ref  # [stages]: of Q and the statistics, and of dO unless by_columns
+    do_free: mosaic.Ref  # [stages]: of dO, if by_columns
     ds_full: mosaic.Ref  # [2]
     kv_raw: mosaic.Ref  # K and V have arrived, with rows in them that are to be zeroed
     q_raw: mosaic.Ref  # likewise Q and dO
 
 
 class BackwardForms(NamedTuple):
-    """How matrices are held in shared memory: those of a head in as many strips, dK as K is."""
+    """How matrices are held in shared memory; dK as K is, P as dS is."""
 
     q: mosaic.Form
     k: mosaic.Form
@@ -102,46 +127,60 @@ class BackwardForms(NamedTuple):
 
     @classmethod
     def of(cls, p: spec.Problem, c: BackwardConfig) -> "BackwardForms":
+        # By keys, all in as many strips: dV goes out through where dK does.
+        wide = max(p.H, p.Hv)
+
         def form(rows: int, columns: int) -> mosaic.Form:
-            return mosaic.Form.in_strips(rows, columns, _WIDTH, strips(p))
+            strips = c.strips(columns if c.by_columns else wide)
+            return mosaic.Form.in_strips(rows, columns, c.width, strips)
 
         return cls(
             q=form(c.block_q, p.H),
             k=form(ROWS, p.H),
             v=form(ROWS, p.Hv),
             do=form(c.block_q, p.Hv),
-            ds=mosaic.Form.in_strips(ROWS, c.block_q, _WIDTH, c.block_q // _WIDTH),
+            ds=mosaic.Form.in_strips(ROWS, c.block_q, c.width, c.block_q // c.width),
         )
 
-    def scratch(self, c: BackwardConfig, dtype: Any) -> list[Any]:
-        """Shared memory and barriers, in the order of `Refs`."""
+    def scratch(self, c: BackwardConfig, dtype: Any) -> dict[str, Any]:
+        """Shared memory and barriers, by their names in `Refs`; matrices are lists."""
         of_keys, of_q, of_do = self.k.copies + self.v.copies, self.q.copies, self.do.copies
-        return [
-            self.k.smem(CONSUMERS, dtype=dtype),
-            self.v.smem(CONSUMERS, dtype=dtype),
-            self.q.smem(c.stages, dtype=dtype),
-            self.do.smem(c.stages, dtype=dtype),
-            self.ds.smem(2, CONSUMERS, dtype=dtype),
-            self.k.smem(CONSUMERS, dtype=dtype),
-            mosaic.SMEM((c.stages, 2 * c.block_q), jnp.float32),
-            mosaic.SMEM((2,), jnp.int32),
-            mosaic.Barrier(num_arrivals=CONSUMERS * of_keys + 1),
-            mosaic.Barrier(num_arrivals=CONSUMERS),
-            mosaic.Barrier(num_barriers=c.stages, num_arrivals=of_q + 1),
-            mosaic.Barrier(num_barriers=c.stages, num_arrivals=of_do),
-            mosaic.Barrier(num_barriers=c.stages, num_arrivals=CONSUMERS),
-            mosaic.Barrier(num_barriers=2, num_arrivals=CONSUMERS),
-            mosaic.Barrier(num_arrivals=CONSUMERS * of_keys),
-            mosaic.Barrier(num_arrivals=of_q + of_do),
-        ]
+        return {
+            "k_smem": self.k.smem(c.key_groups, dtype=dtype),
+            "v_smem": self.v.smem(c.key_groups, dtype=dtype),
+            "q_smem": self.q.smem(c.stages, dtype=dtype),
+            "do_smem": self.do.smem(c.stages, dtype=dtype),
+            "ds_smem": self.ds.smem(2, c.key_groups, dtype=dtype),
+            **(
+                {"p_smem": self.ds.smem(2, c.key_groups, dtype=dtype)}
+                if c.by_columns
+                else {"out_smem": self.k.smem(CONSUMERS, dtype=dtype)}
+            ),
+            "stats_smem": mosaic.SMEM((c.stages, 2 * c.block_q), jnp.float32),
+            "tile_smem": mosaic.SMEM((2,), jnp.int32),
+            "kv_full": mosaic.Barrier(num_arrivals=c.key_groups * of_keys + 1),
+            "kv_free": mosaic.Barrier(num_arrivals=CONSUMERS),
+            "q_full": mosaic.Barrier(num_barriers=c.stages, num_arrivals=of_q + 1),
+            "do_full": mosaic.Barrier(num_barriers=c.stages, num_arrivals=of_do),
+            "free": mosaic.Barrier(num_barriers=c.stages, num_arrivals=CONSUMERS),
+            "do_free": mosaic.Barrier(num_barriers=c.stages, num_arrivals=CONSUMERS),
+            "ds_full": mosaic.Barrier(num_barriers=2, num_arrivals=CONSUMERS),
+            "kv_raw": mosaic.Barrier(num_arrivals=c.key_groups * of_keys),
+            "q_raw": mosaic.Barrier(num_arrivals=of_q + of_do),
+        }
 
-    def refs(self, problem: spec.Problem, inputs: tuple[Any, ...], *rest: Any) -> Refs:
+    def refs(self, p: spec.Problem, c: BackwardConfig, inputs: tuple[Any, ...], *rest: Any) -> Refs:
         """From what a kernel is given; ``rest`` are sums, outputs and scratch."""
-        found: Any = iter(rest)
-        dq, dbias = next(found), next(found) if sums_bias(problem) else None
-        dk, dv, sums = next(found), next(found), next(found) if key_sums(problem) else None
-        matrices = [mosaic.Matrix.of(next(found)) for _ in range(6)]
-        return Refs(*inputs, dq, dbias, dk, dv, sums, *matrices, *found)
+        given = iter(rest)
+        found: dict[str, Any] = {"dq_gmem": next(given)}
+        found["dbias_gmem"] = next(given) if sums_bias(p) else None
+        found.update(dk_gmem=next(given), dv_gmem=next(given))
+        found["sums_gmem"] = next(given) if key_sums(p) else None
+        found.update(p_smem=None, out_smem=None)
+        for name, kind in self.scratch(c, p.dtype).items():
+            ref = next(given)
+            found[name] = mosaic.Matrix.of(ref) if isinstance(kind, list) else ref
+        return Refs(*inputs, **found)
 
 
 class KeyWork(NamedTuple):

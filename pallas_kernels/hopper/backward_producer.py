@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import mosaic
-from pallas_kernels.hopper.backward_kernel import CONSUMERS, Backward, KeyWork
+from pallas_kernels.hopper.backward_kernel import Backward, KeyWork
 from pallas_kernels.hopper.config import ROWS
 from pallas_kernels.hopper.producer import Hidden, arrive, drain, each_tile, zero_hidden
 
@@ -30,9 +30,9 @@ def produce(k: Backward) -> None:
 
     rounds, steps, tile = each_tile(k, r.tile_smem.at[pl.ds(1, 1)], load)
     announce(k, rounds, tile)  # that there is none left
-    arrive(r.kv_full, CONSUMERS * (k.forms.k.copies + k.forms.v.copies))
+    arrive(r.kv_full, k.config.key_groups * (k.forms.k.copies + k.forms.v.copies))
     mosaic.barrier_wait(r.kv_free)
-    drain(steps, k.config.stages, r.free)
+    drain(steps, k.config.stages, r.free, *((r.do_free,) if k.config.by_columns else ()))
 
 
 def announce(k: Backward, round_: Any, tile: Any) -> None:
@@ -52,7 +52,7 @@ def produce_keys(k: Backward, work: KeyWork) -> None:
     hidden = Hidden.of(k, work, work.kv_block, by_data) if k.hides_keys else None
 
     def copy_to(barrier: mosaic.Ref) -> None:
-        for i in range(CONSUMERS):
+        for i in range(c.key_groups):
             keys = pl.ds(work.kv_block * c.block_kv + i * ROWS, ROWS)
             k_gmem, v_gmem = (x.at[work.batch, keys, work.head] for x in (r.x.key, r.x.value))
             mosaic.copy_in(k_gmem, r.k_smem.at(i), barrier)
@@ -67,11 +67,11 @@ def produce_keys(k: Backward, work: KeyWork) -> None:
     def _() -> None:
         copy_to(r.kv_raw)
         mosaic.barrier_wait(r.kv_raw)
-        for i in range(CONSUMERS):
+        for i in range(c.key_groups):
             for matrix in (r.k_smem.at(i), r.v_smem.at(i)):
                 zero_hidden(matrix, 0, functools.partial(hidden.others, i * ROWS))
         mosaic.commit_smem()
-        arrive(r.kv_full, CONSUMERS * (k.forms.k.copies + k.forms.v.copies))
+        arrive(r.kv_full, k.config.key_groups * (k.forms.k.copies + k.forms.v.copies))
 
 
 def produce_rows(k: Backward, work: KeyWork, member: Any, step: Any) -> Any:
@@ -85,11 +85,14 @@ def produce_rows(k: Backward, work: KeyWork, member: Any, step: Any) -> Any:
         q_gmem, do_gmem = (x.at[work.batch, rows, head] for x in (r.x.query, r.dout))
         stats_gmem = r.stats.at[work.batch, head, q_block]
         empty = None if r.empty is None else r.empty[work.batch, head, q_block] > 0
-        pl.when(step + j >= c.stages)(lambda: mosaic.barrier_wait(r.free.at[stage]))
+        again = step + j >= c.stages
+        pl.when(again)(lambda: mosaic.barrier_wait(r.free.at[stage]))
         mosaic.copy_gmem_to_smem(stats_gmem, r.stats_smem.at[stage], r.q_full.at[stage])
 
         def copy(q_barrier: mosaic.Ref, do_barrier: mosaic.Ref) -> None:
             mosaic.copy_in(q_gmem, r.q_smem.at(stage), q_barrier)
+            if c.by_columns:
+                pl.when(again)(lambda: mosaic.barrier_wait(r.do_free.at[stage]))
             mosaic.copy_in(do_gmem, r.do_smem.at(stage), do_barrier)
 
         if empty is None:

@@ -16,41 +16,42 @@ from pallas_kernels.mosaic import interpreter
 from pallas_kernels.mosaic.dialects import arith, llvm, vector
 from pallas_kernels.mosaic.memory import Ref, store
 
-_SIDE = 64
+_HEIGHT = 64
 # How rows and columns of a matrix are spread over threads: rows by warp, half and group of four
 # lanes, columns by pair of registers, register, lane within the group, element of a register.
-_ROWS, _COLUMNS = (4, 2, 8), (4, 2, 4, 2)
+_ROWS, _COLUMNS = (4, 2, 8), (-1, 2, 4, 2)
 # In memory: warp, half, pair, then group and lane, then what one thread adds at once.
 _ORDER = (0, 1, 3, 2, 5, 4, 6)
 _AT_ONCE = 4
 
 
 class Sums(NamedTuple):
-    """An array of float32 matrices [slabs, ..., 64, 64] that a kernel adds to.
+    """An array of float32 matrices [slabs, ..., 64, width] that a kernel adds to.
 
     Compiled, there is one slab. Interpreted, where blocks cannot add to the same place, each of
     those that would has one of its own. A matrix is held in the order in which threads have it, so
     that they add 16 bytes at a time, and a warp 512 that are contiguous.
     """
 
-    ref: Any  # [slabs, ..., 4096], the kernel's last operand
+    ref: Any  # [slabs, ..., 64 * width], one of the kernel's last operands
 
     @classmethod
-    def zero(cls, slabs: int, shape: tuple[int, ...]) -> Sums:
-        """Nothing added yet to ``shape`` matrices."""
+    def zero(cls, slabs: int, shape: tuple[int, ...], width: int) -> Sums:
+        """Nothing added yet to ``shape`` matrices; ``width`` is a multiple of 16."""
         slabs = slabs if interpreter.is_interpreting() else 1
-        return cls(jax.new_ref(jnp.zeros((slabs, *shape, _SIDE * _SIDE), jnp.float32)))
+        return cls(jax.new_ref(jnp.zeros((slabs, *shape, _HEIGHT * width), jnp.float32)))
 
     def total(self) -> jax.Array:
-        """What has been added once the kernel has been called, [..., 64, 64]."""
+        """What has been added once the kernel has been called, [..., 64, width]."""
         found = jax.freeze(self.ref)
         if interpreter.is_interpreting():
-            return jnp.sum(found, axis=0).reshape(*found.shape[1:-1], _SIDE, _SIDE)
+            return jnp.sum(found, axis=0).reshape(*found.shape[1:-1], _HEIGHT, -1)
         sizes = np.array(_ROWS + _COLUMNS)
+        sizes[sizes < 0] = found.shape[-1] // -np.prod(sizes)
         leading = found.shape[1:-1]
         back = [len(leading) + int(i) for i in np.argsort(_ORDER)]
         found = found.reshape(*leading, *sizes[list(_ORDER)])
-        return found.transpose(*range(len(leading)), *back).reshape(*leading, _SIDE, _SIDE)
+        return found.transpose(*range(len(leading)), *back).reshape(*leading, _HEIGHT, -1)
 
     @classmethod
     def exist(cls) -> bool:
@@ -59,7 +60,7 @@ class Sums(NamedTuple):
 
 
 def add(sum_: Ref, value: jax.Array) -> None:
-    """Adds a matrix [64, 64] to one of `Sums`, a reference [4096]."""
+    """Adds a matrix [64, width] to one of `Sums`, a reference [64 * width]."""
     if interpreter.is_interpreting():
         store(sum_, value.reshape(-1))
         return
@@ -72,7 +73,7 @@ def add(sum_: Ref, value: jax.Array) -> None:
         warp = arith.remui(arith.divui(thread, mgpu_utils.c(32, i32)), mgpu_utils.c(4, i32))
         base = mgpu_utils.memref_ptr(sum_)
         first = mgpu_utils.dyn_dot(
-            (warp, lane), (mgpu_utils.c(16 * _SIDE, i32), mgpu_utils.c(_AT_ONCE, i32))
+            (warp, lane), (mgpu_utils.c(16 * value.shape[1], i32), mgpu_utils.c(_AT_ONCE, i32))
         )
         base = mgpu_utils.getelementptr(base, [first], f32)
         for number, registers in enumerate(_by_four(value)):

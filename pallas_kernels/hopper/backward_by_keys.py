@@ -1,0 +1,158 @@
+"""Consumers of the backward that divide a tile of logits by keys: for heads of up to 128 columns.
+
+A tile has 128 keys, 64 for each consumer, which keeps their dK and dV in registers. Computed
+turned, P^T and dS^T, which a consumer multiplies with dO and Q, are in its registers too. Only
+the product dQ = dS K sums over all keys: dS goes through shared memory, and each consumer
+multiplies a part, which it adds to global memory.
+
+That product needs what both consumers have shown. It is left to the next visit, so that neither
+waits: they drift apart, and one multiplies while the other computes exponentials.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import mosaic
+from pallas_kernels.hopper.backward_kernel import CONSUMERS, KeyWork
+from pallas_kernels.hopper.backward_visit import (
+    Carry,
+    Consumer,
+    Here,
+    Order,
+    Weights,
+    add_dq,
+    gradient,
+    nothing_summed,
+    probabilities,
+    show,
+    sum_up,
+)
+from pallas_kernels.hopper.config import ROWS
+
+
+class Last(NamedTuple):
+    """A visit whose dQ is yet to be computed, of dS in shared memory."""
+
+    head: Any
+    row0: Any
+    slot: Any
+
+
+def begin(c: Consumer, work: KeyWork, step: Any) -> Carry:
+    """The first visit of a tile of keys."""
+    k = c.k
+    here = c.here(work, 0, 0, k.masks, step)
+    dk, dv = (mosaic.full((ROWS, form.columns), 0, jnp.float32) for form in (k.forms.k, k.forms.v))
+    mosaic.barrier_wait(k.refs.q_full.at[here.stage])
+    weights = probabilities(c, here, mosaic.settle(start_scores(c, here.stage)))
+    return differentiate(c, here, weights, dk, dv, nothing_summed(k))
+
+
+def visit(c: Consumer, work: KeyWork, here: Here, masked: bool, carry: Carry) -> Carry:
+    """A visit, with dQ of the one before."""
+    q_full = c.k.refs.q_full.at[here.stage]
+    if masked:  # one after the other, or registers run out
+        add_share(c, work, carry.last, mosaic.settle(start_dq(c, carry.last)))
+        mosaic.barrier_wait(q_full)
+        weights = probabilities(c, here, mosaic.settle(start_scores(c, here.stage)))
+    else:
+        mosaic.barrier_wait(q_full)
+        s = start_scores(c, here.stage)
+        dq = start_dq(c, carry.last)
+        weights = probabilities(c, here, mosaic.settle(s, in_flight=CONSUMERS))
+        weights = lax.optimization_barrier(weights)
+        add_share(c, work, carry.last, mosaic.settle(dq))
+    return differentiate(c, here, weights, carry.dk, carry.dv, carry.sums)
+
+
+def differentiate(
+    c: Consumer,
+    here: Here,
+    weights: Weights,
+    dk: jax.Array,
+    dv: jax.Array,
+    sums: tuple[jax.Array, ...],
+) -> Carry:
+    """A visit from P^T on; leaves dS in shared memory.
+
+    The place of dS is free: it had what was shown two visits ago, and all have shown something
+    since, as they do after their product with what was shown before.
+    """
+    r = c.k.refs
+    mosaic.barrier_wait(r.do_full.at[here.stage])
+    dp = start_dp(c, here.stage)
+    (dv,) = mosaic.start_columns(weights.kept, r.do_smem.at(here.stage), (dv,))
+    exact = gradient(c, here, weights, mosaic.settle(dp, in_flight=1))
+    sums = sum_up(c, here, exact, sums)
+    ds = exact.astype(c.k.problem.dtype)
+    strips = r.ds_smem.at(here.slot, c.me).strips()
+    show(c, here.slot, *((strip, ds[:, at : at + width]) for strip, at, width in strips))
+    (dk,) = mosaic.start_columns(ds, r.q_smem.at(here.stage), (dk,))
+    dv, dk = mosaic.settle(dv, in_flight=1), mosaic.settle(dk)
+    mosaic.barrier_arrive(r.free.at[here.stage])
+    return Carry(dk, dv, sums, Last(here.of_rows.head, here.row0, here.slot))
+
+
+def finish(c: Consumer, work: KeyWork, carry: Carry) -> None:
+    """The last dQ of a tile of keys; stores dK and dV."""
+    k, r = c.k, c.k.refs
+    dq = mosaic.settle(start_dq(c, carry.last))
+    mosaic.barrier_arrive(r.kv_free)
+    add_share(c, work, carry.last, dq)
+    store(c, work, carry.dv, r.dv_gmem)
+    store(c, work, carry.dk * k.problem.scale, r.dk_gmem)
+
+
+BY_KEYS = Order(begin, visit, finish)
+
+
+def start_scores(c: Consumer, stage: Any) -> jax.Array:
+    """Starts S^T = K Q^T."""
+    r = c.k.refs
+    return mosaic.start(r.k_smem.at(c.me), r.q_smem.at(stage), transpose_b=True)
+
+
+def start_dp(c: Consumer, stage: Any) -> jax.Array:
+    """Starts dP^T = V dO^T."""
+    r = c.k.refs
+    return mosaic.start(r.v_smem.at(c.me), r.do_smem.at(stage), transpose_b=True)
+
+
+def share(c: Consumer) -> tuple[Any, Any]:
+    """Of a tile of dQ: which 64 of its rows, and which strip of its columns."""
+    return (0, c.me) if c.k.config.block_q == ROWS else (c.me, 0)
+
+
+def start_dq(c: Consumer, last: Last) -> jax.Array:
+    """Starts this consumer's share of dQ = dS K of a visit: a product for each one's keys."""
+    r = c.k.refs
+    rows, columns = share(c)
+    mosaic.barrier_wait(r.ds_full.at[last.slot])
+    dq = None
+    for i in range(CONSUMERS):
+        (ds,), (keys,) = r.ds_smem.at(last.slot, i).views, r.k_smem.at(i).views
+        dq = mosaic.start(ds.tiled.at[rows], keys.tiled.at[columns], dq, transpose_a=True)
+    assert dq is not None
+    return dq
+
+
+def add_share(c: Consumer, work: KeyWork, last: Last, dq: jax.Array) -> None:
+    rows, strip = share(c)
+    add_dq(c, work, last.head, last.row0 + rows * ROWS, strip, dq)
+
+
+def store(c: Consumer, work: KeyWork, x: jax.Array, gmem: mosaic.Ref) -> None:
+    """Stores this consumer's rows of dK or dV."""
+    k = c.k
+    gmem = gmem.at[work.batch, pl.ds(c.key0(work), ROWS), work.head]
+    mosaic.wait_smem_to_gmem(0, wait_read_only=True)
+    places = list(k.refs.out_smem.at(c.me).strips())
+    for strip, start, width in places:
+        mosaic.store(strip.tiled, x[:, start : start + width].astype(k.problem.dtype))
+    mosaic.commit_smem()
+    for strip, start, _ in places:
+        mosaic.copy_out(strip, gmem, start)

@@ -1,0 +1,230 @@
+"""What a consumer of the backward does in a visit, however the consumers divide a tile of logits.
+
+Logits are computed turned, S^T: rows of the matrix are keys, columns are queries.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import mosaic
+from pallas_kernels.common.schedule import Work
+from pallas_kernels.hopper import tile as tiles
+from pallas_kernels.hopper.backward_kernel import Backward, KeyWork
+from pallas_kernels.hopper.config import ROWS
+from pallas_kernels.hopper.kernel import LOG2_E
+from pallas_kernels.hopper.softmax import Visit
+
+
+class Consumer(NamedTuple):
+    """A warpgroup that computes."""
+
+    k: Backward
+    me: Any  # which one
+
+    def here(self, work: KeyWork, member: Any, number: Any, masked: bool, step: Any) -> "Here":
+        """A visit to a head, by its number."""
+        c, of_rows = self.k.config, self.k.of_group(work, member)
+        row0 = self.k.walk(work, member).tile(number) * c.block_q
+        first = self.me * c.rows if c.by_columns else 0
+        span = tiles.Span(row0 + first, self.key0(work), (ROWS, c.rows), turned=True)
+        visit = Visit.of(self.k, of_rows, lambda: span, masked)
+        return Here(visit, of_rows, span, row0, first, lax.rem(step, c.stages), lax.rem(step, 2))
+
+    def key0(self, work: KeyWork) -> Any:
+        """The first of the 64 keys whose logits it has."""
+        first = work.kv_block * self.k.config.block_kv
+        return first if self.k.config.by_columns else first + self.me * ROWS
+
+    def fresh(self) -> "Consumer":
+        """The same, of which the compiler computes nothing beforehand, to hold it in registers."""
+        return self._replace(me=mosaic.uniform(self.me))
+
+
+class Here(NamedTuple):
+    """A visit, and where it is."""
+
+    visit: Visit
+    of_rows: Work
+    span: tiles.Span  # of this consumer's logits
+    row0: Any  # of the tile of queries
+    first: Any  # row of it that is this consumer's
+    stage: Any  # of Q and dO
+    slot: Any  # of dS
+
+
+class Weights(NamedTuple):
+    """What of P^T the products need."""
+
+    kept: jax.Array  # [64, rows], after dropout, in the dtype of the operands
+    p: jax.Array  # [64, rows] float32, before it, times the slope of what modifies logits
+
+
+class Carry(NamedTuple):
+    """What a visit leaves to the next: sums, and a product that is yet to be started."""
+
+    dk: jax.Array  # [64, columns] float32
+    dv: jax.Array  # [64, columns] float32
+    sums: tuple[jax.Array, ...]  # for each of `Backward.key_sums`: [64] float32, of a head
+    last: Any  # where the operands of that product are, and where it goes
+
+
+class Order(NamedTuple):
+    """In which order a consumer does what there is to do for a tile of keys."""
+
+    begin: Callable[[Consumer, KeyWork, Any], Carry]
+    visit: Callable[[Consumer, KeyWork, Here, bool, Carry], Carry]
+    finish: Callable[[Consumer, KeyWork, Carry], None]
+
+
+def consume(k: Backward, order: Order) -> None:
+    """Computes this consumer's part of dK and dV of each tile of this block, and of dQ."""
+    c = Consumer(k, lax.axis_index("warpgroup"))
+
+    def next_tile() -> Any:
+        mosaic.barrier_wait(k.refs.kv_full)
+        return mosaic.uniform(k.refs.tile_smem[0])
+
+    def of_tile(state: tuple[Any, Any]) -> tuple[Any, Any]:
+        tile, step = state
+        step = attend(c, order, k.work(tile), step)
+        return next_tile(), step
+
+    state = (next_tile(), jnp.int32(0))
+    lax.while_loop(lambda state: state[0] < k.schedule.tiles, of_tile, state)
+    mosaic.barrier_arrive(k.refs.kv_free)
+    mosaic.wait_smem_to_gmem(0)
+
+
+def attend(c: Consumer, order: Order, work: KeyWork, step: Any) -> Any:
+    """All visits of a tile of keys; returns the number of the next visit."""
+    k = c.k
+
+    def of_member(member: Any, state: tuple[Any, Carry]) -> tuple[Any, Carry]:
+        step, carry = state
+        walk = k.walk(work, member)
+        # The very first visit has been begun with.
+        first: Any = 1 if k.problem.G == 1 else jnp.where(member > 0, 0, 1)
+
+        def visits(masked: bool) -> Any:
+            def one(j: Any, carry: Carry) -> Carry:
+                fresh = c.fresh()
+                here = fresh.here(work, member, j, masked, step + j)
+                return order.visit(fresh, work, here, masked, carry)
+
+            return one
+
+        if k.masks:
+            masked = jnp.maximum(walk.masked, first)
+            carry = lax.fori_loop(first, masked, visits(masked=True), carry)
+            first = masked
+        carry = lax.fori_loop(first, walk.count, visits(masked=False), carry)
+        return step + mosaic.opaque(walk.count), finish_head(c.fresh(), work, member, carry)
+
+    state = (step, order.begin(c.fresh(), work, step))
+    if k.problem.G == 1:
+        state = of_member(0, state)
+    else:
+        state = lax.fori_loop(0, k.problem.G, of_member, state)
+    step, carry = state
+    order.finish(c.fresh(), work, carry)
+    return step
+
+
+def probabilities(c: Consumer, here: Here, s: jax.Array) -> Weights:
+    """P^T from S^T and the lse of the forward."""
+    k = c.k
+    lse = statistic(c, here, 0)
+    s, slope = here.visit.logits_and_slope(s)
+    p = jnp.exp2(s * (k.unit * LOG2_E) - mosaic.spread_columns(lse, s.shape))
+    kept = here.visit.kept(here.visit.signed(p)).astype(k.problem.dtype)
+    if slope is None:
+        return Weights(kept, p)
+    return Weights(kept, jnp.where(p > 0, p * slope, 0.0))  # of what is hidden it may be NaN
+
+
+def gradient(c: Consumer, here: Here, weights: Weights, dp: jax.Array) -> jax.Array:
+    """dS^T = P^T (dP^T - delta), where dP^T has gone through dropout, times the slope."""
+    rate = c.k.problem.dropout_rate
+    delta = mosaic.spread_columns(statistic(c, here, c.k.config.block_q), dp.shape)
+    if rate > 0:
+        dp = jnp.where(weights.kept > 0, dp * (1 / (1 - rate)), 0.0)
+    return weights.p * (dp - delta)
+
+
+def statistic(c: Consumer, here: Here, place: int) -> jax.Array:
+    """Of this consumer's rows: the lse from place 0, or delta from block_q."""
+    rows = pl.ds(place + here.first, c.k.config.rows)
+    return mosaic.load_columns(c.k.refs.stats_smem.at[here.stage, rows])
+
+
+def sum_up(
+    c: Consumer, here: Here, ds: jax.Array, sums: tuple[jax.Array, ...]
+) -> tuple[jax.Array, ...]:
+    """Adds dS^T to the gradient of a bias, and to sums over rows, which it returns."""
+    if c.k.refs.dbias_gmem is not None:
+        add_bias(c, here, ds)
+
+    def added(name: str, total: jax.Array) -> jax.Array:
+        if name == "bias":
+            return total + jnp.sum(ds, axis=1)
+        tile, span = here.visit.tile, here.visit.span
+        assert tile is not None
+        assert span is not None
+        return total - jnp.sum(ds * tiles.distance(tile, span), axis=1)
+
+    return tuple(added(n, x) for n, x in zip(c.k.key_sums, sums, strict=True))
+
+
+def add_bias(c: Consumer, here: Here, ds: jax.Array) -> None:
+    """Adds dS^T to the gradient of a bias that has rows and keys."""
+    sums = c.k.refs.dbias_gmem
+    assert sums is not None
+    batch, head = tiles.heads_of(sums.at[0], here.of_rows)
+    number = here.of_rows.batch * c.k.problem.N + here.of_rows.head
+    slab = number if mosaic.is_interpreting() else 0
+    key_tile, width = lax.div(here.span.key0, ROWS), dbias_width(c.k.config.rows)
+    for start in range(0, c.k.config.rows, width):
+        row_tile = lax.div(here.span.row0 + start, width)
+        mosaic.add(sums.at[slab, batch, head, key_tile, row_tile], ds[:, start : start + width])
+
+
+def dbias_width(rows: int) -> int:
+    """Of the matrices that a bias's gradient is summed in."""
+    return min(rows, ROWS)
+
+
+def nothing_summed(k: Backward) -> tuple[jax.Array, ...]:
+    return tuple(mosaic.full((ROWS,), 0, jnp.float32) for _ in k.key_sums)
+
+
+def finish_head(c: Consumer, work: KeyWork, member: Any, carry: Carry) -> Carry:
+    """Stores what has been summed over the rows of a head."""
+    if not carry.sums:
+        return carry
+    k, of_rows = c.k, c.k.of_group(work, member)
+    assert k.refs.sums_gmem is not None
+    part = c.me if k.config.by_columns else 0
+    for i, found in enumerate(carry.sums):
+        keys = pl.ds(c.key0(work), ROWS)
+        place = k.refs.sums_gmem.at[i, part, of_rows.batch, of_rows.head, keys]
+        mosaic.store(place, found, optimized=False)
+    return carry._replace(sums=nothing_summed(k))
+
+
+def add_dq(c: Consumer, work: KeyWork, head: Any, row0: Any, strip: Any, dq: jax.Array) -> None:
+    """Adds 64 rows and a strip of dQ to global memory."""
+    slab, row_tile = work.kv_block if mosaic.is_interpreting() else 0, lax.div(row0, ROWS)
+    mosaic.add(c.k.refs.dq_gmem.at[slab, work.batch, row_tile, head, strip], dq)
+
+
+def show(c: Consumer, slot: Any, *shown: tuple[mosaic.View, jax.Array]) -> None:
+    """Stores into strips of shared memory, and shows them to all consumers."""
+    for strip, x in shown:
+        mosaic.store(strip.tiled, x)
+    mosaic.commit_smem()
+    mosaic.barrier_arrive(c.k.refs.ds_full.at[slot])
