@@ -83,9 +83,9 @@ def start_tile(c: Consumer, here: Here) -> tuple[jax.Array, jax.Array]:
     r = c.k.refs
     mosaic.barrier_wait(r.q_full.at[here.stage])
     rows = pl.ds(here.first, c.k.config.rows)
-    s = mosaic.start(r.k_smem.at(0), r.q_smem.at(here.stage).rows(rows), transpose_b=True)
+    s = mosaic.start(r.k_smem.at(c.group), r.q_smem.at(here.stage).rows(rows), transpose_b=True)
     mosaic.barrier_wait(r.do_full.at[here.stage])
-    dp = mosaic.start(r.v_smem.at(0), r.do_smem.at(here.stage).rows(rows), transpose_b=True)
+    dp = mosaic.start(r.v_smem.at(c.group), r.do_smem.at(here.stage).rows(rows), transpose_b=True)
     return s, dp
 
 
@@ -109,10 +109,13 @@ def multiply(
     something since, as they do when their products with what was shown before have ended.
     """
     r = c.k.refs
-    (p_view,), (ds_view,) = r.p_smem.at(here.slot, 0).views, r.ds_smem.at(here.slot, 0).views
+    (p_view,), (ds_view,) = (
+        r.p_smem.at(here.slot, c.group).views,
+        r.ds_smem.at(here.slot, c.group).views,
+    )
     show(c, here.slot, (p_view.at(c.me), p), (ds_view.at(c.me), ds))
     mosaic.barrier_wait(r.ds_full.at[here.slot])
-    dq = mosaic.start(ds_view.tiled, columns(c, r.k_smem.at(0)), transpose_a=True)
+    dq = mosaic.start(ds_view.tiled, columns(c, r.k_smem.at(c.group)), transpose_a=True)
     dk = mosaic.start(ds_view.tiled, columns(c, r.q_smem.at(here.stage)), carry.dk)
     add_share(c, work, here, mosaic.settle(dq, in_flight=1))
     dk = mosaic.settle(dk)
@@ -123,7 +126,7 @@ def multiply(
 def start_dv(c: Consumer, carry: Carry) -> jax.Array:
     """Starts dV += P^T dO of the last visit."""
     r, last = c.k.refs, carry.last
-    (p,) = r.p_smem.at(last.slot, 0).views
+    (p,) = r.p_smem.at(last.slot, c.group).views
     return mosaic.start(p.tiled, columns(c, r.do_smem.at(last.stage)), carry.dv)
 
 

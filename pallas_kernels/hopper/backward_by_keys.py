@@ -89,7 +89,7 @@ def differentiate(
     exact = gradient(c, here, weights, mosaic.settle(dp, in_flight=1))
     sums = sum_up(c, here, exact, sums)
     ds = exact.astype(c.k.problem.dtype)
-    strips = r.ds_smem.at(here.slot, c.me).strips()
+    strips = r.ds_smem.at(here.slot, c.group).strips()
     show(c, here.slot, *((strip, ds[:, at : at + width]) for strip, at, width in strips))
     (dk,) = mosaic.start_columns(ds, r.q_smem.at(here.stage), (dk,))
     dv, dk = mosaic.settle(dv, in_flight=1), mosaic.settle(dk)
@@ -113,13 +113,13 @@ BY_KEYS = Order(begin, visit, finish)
 def start_scores(c: Consumer, stage: Any) -> jax.Array:
     """Starts S^T = K Q^T."""
     r = c.k.refs
-    return mosaic.start(r.k_smem.at(c.me), r.q_smem.at(stage), transpose_b=True)
+    return mosaic.start(r.k_smem.at(c.group), r.q_smem.at(stage), transpose_b=True)
 
 
 def start_dp(c: Consumer, stage: Any) -> jax.Array:
     """Starts dP^T = V dO^T."""
     r = c.k.refs
-    return mosaic.start(r.v_smem.at(c.me), r.do_smem.at(stage), transpose_b=True)
+    return mosaic.start(r.v_smem.at(c.group), r.do_smem.at(stage), transpose_b=True)
 
 
 def share(c: Consumer) -> tuple[Any, Any]:
@@ -134,7 +134,8 @@ def start_dq(c: Consumer, last: Last) -> jax.Array:
     mosaic.barrier_wait(r.ds_full.at[last.slot])
     dq = None
     for i in range(CONSUMERS):
-        (ds,), (keys,) = r.ds_smem.at(last.slot, i).views, r.k_smem.at(i).views
+        group = lax.rem(c.group + i, CONSUMERS)
+        (ds,), (keys,) = r.ds_smem.at(last.slot, group).views, r.k_smem.at(group).views
         dq = mosaic.start(ds.tiled.at[rows], keys.tiled.at[columns], dq, transpose_a=True)
     assert dq is not None
     return dq

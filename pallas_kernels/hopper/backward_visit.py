@@ -14,7 +14,7 @@ from jax import lax
 from pallas_kernels import mosaic
 from pallas_kernels.common.schedule import Work
 from pallas_kernels.hopper import tile as tiles
-from pallas_kernels.hopper.backward_kernel import Backward, KeyWork
+from pallas_kernels.hopper.backward_kernel import CONSUMERS, Backward, KeyWork
 from pallas_kernels.hopper.config import ROWS
 from pallas_kernels.hopper.kernel import LOG2_E
 from pallas_kernels.hopper.softmax import Visit
@@ -35,10 +35,18 @@ class Consumer(NamedTuple):
         visit = Visit.of(self.k, of_rows, lambda: span, masked)
         return Here(visit, of_rows, span, row0, first, lax.rem(step, c.stages), lax.rem(step, 2))
 
+    @property
+    def group(self) -> Any:
+        """Of the tile's groups of 64 keys, the one whose logits it has.
+
+        Also where it is always the same, it is one that the compiler does not know: it would hold
+        all that follows from it in registers.
+        """
+        return lax.div(self.me, CONSUMERS // self.k.config.key_groups)
+
     def key0(self, work: KeyWork) -> Any:
-        """The first of the 64 keys whose logits it has."""
-        first = work.kv_block * self.k.config.block_kv
-        return first if self.k.config.by_columns else first + self.me * ROWS
+        """The first of those keys."""
+        return work.kv_block * self.k.config.block_kv + self.group * ROWS
 
     def fresh(self) -> "Consumer":
         """The same, of which the compiler computes nothing beforehand, to hold it in registers."""
