@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from concurrent import futures
 from typing import Any
@@ -11,14 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import jaxflash
 from bench.parity import tile_error
 from bench.results import first_line
-from bench.shapes import Shape, random_inputs
+from bench.shapes import FLOP_FACTOR, Direction, Shape, random_inputs
 from bench.timing import Clock, Compiler, Program, Timing, interleaved
 from jaxflash import reference
 from jaxflash.arguments import canonicalize
 from pallas_kernels.spec import Band
 
+_RANK = 4
 _ROWS = 128  # of a check, at either end of the sequence
 _EXPECTED = "expected"
 _DOCUMENTS = (512, 4096)  # shortest and longest, in tokens
@@ -31,6 +34,7 @@ class Problem:
     shape: Shape
     window: tuple[int, int] | None = None
     option: str = ""
+    direction: Direction = "forward"
 
     @property
     def label(self) -> str:
@@ -52,9 +56,10 @@ class Problem:
 
     @property
     def flops(self) -> float:
-        """4 * B * N * H for each visible pair."""
+        """4 * B * N * H for each visible pair, 14 with gradients."""
         s = self.shape
-        return 4.0 * s.batch * s.query_heads * s.head_dim * self.visible_pairs
+        pairs = float(s.batch * s.query_heads * s.head_dim) * self.visible_pairs
+        return 4.0 * FLOP_FACTOR[self.direction] * pairs
 
     def options(self) -> dict[str, Any]:
         """Keywords of the call that are no arrays."""
@@ -93,23 +98,54 @@ class Problem:
                 found = {}
         return found
 
-    def expected(self, query: Any, key: Any, value: Any, arrays: Any) -> tuple[jax.Array, ...]:
-        """The reference at the first and at the last rows of the first batch element."""
+    def call(
+        self, attention: Callable[..., jax.Array], arrays: dict[str, Any], *inputs: Any
+    ) -> tuple[jax.Array, ...]:
+        """The output; or gradients of query, key, value and floating arrays, by ``inputs[3]``."""
+        if self.direction == "forward":
+            return (attention(*inputs, **self.options(), **arrays),)
+        floating = {n: x for n, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+
+        def of_floating(
+            query: jax.Array, key: jax.Array, value: jax.Array, floating: dict[str, jax.Array]
+        ) -> jax.Array:
+            return attention(query, key, value, **self.options(), **(arrays | floating))
+
+        *found, of_arrays = jax.vjp(of_floating, *inputs[:3], floating)[1](inputs[3])
+        return (*found, *of_arrays.values())
+
+    def expected(self, arrays: Any, *inputs: Any) -> tuple[jax.Array, ...]:
+        """What `call` should return, for the first batch element, in float32.
+
+        Of the output only the first and the last rows.
+        """
+        inputs = tuple(x[:1] for x in inputs)
+        if self.direction == "forward":
+            return self._expected_rows(arrays, *inputs)
+        wide = (x.astype(jnp.float32) for x in inputs)
+        ours = functools.partial(jaxflash.dot_product_attention, implementation="xla")
+        with jax.default_matmul_precision("highest"):
+            return self.call(ours, arrays, *wide)
+
+    def _expected_rows(self, arrays: Any, query: Any, key: Any, value: Any) -> Any:
+        """The reference at the first and at the last rows."""
         blocks = []
         for rows in self._checked_rows():
             cut = {name: _rows_of(name, x, rows) for name, x in arrays.items()}
             options = self.options() | cut | {"query_offset": rows.start}
-            problem, x = canonicalize(query[:1, rows], key[:1], value[:1], **options)
+            problem, x = canonicalize(query[:, rows], key, value, **options)
             blocks.append(reference.forward(problem, x)[0])
         return tuple(blocks)
 
-    def fault(self, out: jax.Array, expected: tuple[jax.Array, ...]) -> str | None:
+    def fault(self, found: tuple[jax.Array, ...], expected: tuple[jax.Array, ...]) -> str | None:
         """What is wrong with an answer. Dropout, which differs among rows alone, goes unchecked."""
         if self.option == "dropout":
-            return None if bool(jnp.isfinite(out).all()) else "not finite"
+            return None if all(bool(jnp.isfinite(x).all()) for x in found) else "not finite"
+        if self.direction == "forward":
+            found = tuple(found[0][:, rows] for rows in self._checked_rows())
         allowed = float(jnp.finfo(self.shape.dtype).eps)
-        for rows, want in zip(self._checked_rows(), expected, strict=True):
-            error = tile_error(np.asarray(out[:1, rows], np.float32), np.asarray(want, np.float32))
+        for got, want in zip(found, expected, strict=True):
+            error = _error(np.asarray(got, np.float32), np.asarray(want, np.float32))
             if not error <= allowed:
                 return f"wrong: relative error {error:.2e}, allowed {allowed:.2e}"
         return None
@@ -123,7 +159,7 @@ def submit(
     compiler: Compiler, problem: Problem, functions: Mapping[str, Callable[..., Any]]
 ) -> dict[str, futures.Future[jax.stages.Compiled] | str]:
     """Programs on their way, and the reference's; a refusal at trace time is its reason."""
-    structs = (*problem.shape.structs(), jax.eval_shape(problem.arrays))
+    structs = (jax.eval_shape(problem.arrays), *_structs(problem))
     found: dict[str, futures.Future[jax.stages.Compiled] | str] = {
         _EXPECTED: compiler.submit(problem.expected, *structs)
     }
@@ -139,7 +175,7 @@ def measure(
     problem: Problem, submitted: Mapping[str, Any], clock: Clock, repeats: int
 ) -> tuple[dict[str, Timing], dict[str, str]]:
     """Times of what `submit` returned, and why others have none: a wrong answer is not timed."""
-    inputs = (*random_inputs(problem.shape, "forward"), problem.arrays())
+    inputs = (problem.arrays(), *random_inputs(problem.shape, problem.direction))
     expected = Program(submitted[_EXPECTED].result(), inputs)()
     programs: dict[str, Program] = {}
     reasons: dict[str, str] = {}
@@ -158,6 +194,19 @@ def measure(
         else:
             reasons[name] = reason
     return interleaved(programs, clock, warmup=1, repeats=repeats), reasons
+
+
+def _structs(problem: Problem) -> tuple[jax.ShapeDtypeStruct, ...]:
+    query, key, value = problem.shape.structs()
+    return (query, key, value) if problem.direction == "forward" else (query, key, value, query)
+
+
+def _error(got: np.ndarray, want: np.ndarray) -> float:
+    """Of the first batch element; of a gradient that all of them share, of vectors too."""
+    got = got[: len(want)]
+    if got.ndim == _RANK:
+        return tile_error(got, want)
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
 def document_lengths(shape: Shape) -> list[int]:

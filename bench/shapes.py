@@ -14,7 +14,7 @@ Direction = Literal["forward", "forward+backward"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "forward+backward")
 
 # The backward pass does five matrix products of the forward's two: 1 + 2.5.
-_FLOP_FACTOR: dict[Direction, float] = {"forward": 1.0, "forward+backward": 3.5}
+FLOP_FACTOR: dict[Direction, float] = {"forward": 1.0, "forward+backward": 3.5}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ def flops(shape: Shape, direction: Direction = "forward") -> float:
     """Matrix products' operations: 4*B*N*H for each visible pair, x3.5 with gradients."""
     pairs = Band.of(shape.is_causal, None).area(shape.query_length, shape.key_length)
     heads = shape.batch * shape.query_heads
-    return 4.0 * heads * shape.head_dim * pairs * _FLOP_FACTOR[direction]
+    return 4.0 * heads * shape.head_dim * pairs * FLOP_FACTOR[direction]
 
 
 def query_bytes(shape: Shape) -> int:

@@ -129,11 +129,11 @@ def _submit(compiler: Compiler, mask: str, head_dim: int, length: int) -> dict[s
 
 
 def _run(
-    problem: Problem, config: Config, query: Any, key: Any, value: Any, arrays: Any
-) -> jax.Array:
+    problem: Problem, config: Config, arrays: Any, query: Any, key: Any, value: Any
+) -> tuple[jax.Array]:
     asked, operands = canonicalize(query, key, value, **problem.options(), **arrays)
     assert mosaic.is_interpreting() or hopper.supports(asked) is None
-    return hopper.forward(asked, operands, config)[0]
+    return hopper.forward(asked, operands, config)[:1]
 
 
 def text_of(config: Config) -> str:

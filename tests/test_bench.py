@@ -42,7 +42,9 @@ def test_listing_names_every_table(capsys):
     for name, (_, summary) in entry.TABLES.items():
         assert name in printed
         assert summary in printed
-    assert {"demo", "forward", "tune", "speed", "long", "memory", "aot"} == set(entry.TABLES)
+    assert {"demo", "forward", "backward", "tune", "speed", "long", "memory", "aot"} == set(
+        entry.TABLES
+    )
 
 
 def test_unknown_table_is_refused(capsys):

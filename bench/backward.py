@@ -1,0 +1,62 @@
+"""Gradients at shapes and options that users have, against the best peer for each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from bench import comparison
+from bench.problems import Problem
+from bench.shapes import Shape
+
+
+def problems() -> dict[str, list[Problem]]:
+    """What is measured, by heading."""
+    long = Shape(1, 16384, 16384, 16, 16, 128, True)
+    square = Shape(1, 4096, 4096, 16, 16, 128)
+    found = {
+        "16k tokens, 2048 features": [
+            Problem(Shape(b, t, t, 2048 // h, 2048 // h, h, c))
+            for h in (64, 128, 256)
+            for b, t in ((16, 1024), (4, 4096), (1, 16384))
+            for c in (False, True)
+        ],
+        "Grouped heads": [
+            Problem(Shape(4, 2048, 2048, n, k, 128, True)) for n, k in ((32, 32), (64, 8))
+        ],
+        "Windows": [Problem(long, (1024, 0)), Problem(long, (4096, 0))],
+        "Other lengths and head dims": [
+            Problem(Shape(4, 4095, 4095, 16, 16, 128, True)),
+            *(Problem(Shape(4, 4096, 4096, 16, 16, h, True)) for h in (80, 192)),
+        ],
+        "Options": [
+            *(Problem(long, None, o) for o in ("", "soft cap", "ALiBi", "sinks", "documents")),
+            *(Problem(square, None, o) for o in ("", "bias", "dropout")),
+        ],
+    }
+    return {
+        heading: [dataclasses.replace(p, direction="forward+backward") for p in list_]
+        for heading, list_ in found.items()
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the table; 1 when this library gave a wrong answer."""
+    both = problems()
+    forward = {
+        heading: [dataclasses.replace(p, direction="forward") for p in list_]
+        for heading, list_ in both.items()
+    }
+    table = comparison.Table(
+        name="backward",
+        title="Attention forward and backward",
+        summary="Time with gradients of this library and of the best peer, by shape and option.",
+        cell="median ms / TFLOP/s at 14*B*N*H operations for each visible pair, 10 of them for the "
+        "backward alone; gradients of query, key, value, and of bias, slopes and sinks where there "
+        "are some",
+        check="gradients of the first batch element checked in float32 before timing",
+        problems=both,
+        base=forward,
+        base_title="The backward alone: forward and backward less forward",
+    )
+    return comparison.run(table, argv)
