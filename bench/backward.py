@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         cell="median ms / TFLOP/s at 14*B*N*H operations for each visible pair, 10 of them for the "
         "backward alone; gradients of query, key, value, and of bias, slopes and sinks where there "
         "are some",
-        check="gradients of the first batch element checked in float32 before timing",
+        check="gradients of the first batch element and two key heads checked in float32 "
+        "before timing",
         problems=both,
         base=forward,
         base_title="The backward alone: forward and backward less forward",
