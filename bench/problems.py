@@ -136,7 +136,9 @@ class Problem:
             return x[:heads]
         if x.ndim == _RANK and x.shape[-1] == s.head_dim:
             return x[:1, :, : heads if x.shape[2] == s.query_heads else kv_heads]
-        return x[:1, :heads] if x.ndim == _RANK else x[:1]
+        if x.ndim == _RANK:
+            return x[:1, :heads]
+        return x[:1] if x.ndim else x
 
     def _expected_rows(self, arrays: Any, query: Any, key: Any, value: Any) -> Any:
         """The reference at the first and at the last rows."""

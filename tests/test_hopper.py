@@ -1,6 +1,7 @@
 """The Hopper kernels where the cases of `test_conformance` do not reach."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import jaxflash
+from jaxflash import xla
 from jaxflash.arguments import canonicalize
 from pallas_kernels import hopper, mosaic
 from pallas_kernels.hopper.config import Staging
@@ -108,25 +110,79 @@ def test_gradients_under_vmap(sinks: bool) -> None:
 
 
 def test_which_gradients_are_the_kernels() -> None:
-    q, k = (jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16) for _ in range(2))
-    wide = jax.ShapeDtypeStruct((1, 256, 2, 136), jnp.bfloat16)
+    q, v = (jax.ShapeDtypeStruct((1, 256, 2, n), jnp.bfloat16) for n in (64, 136))
 
-    def reason(q: Any, k: Any, v: Any, **options: Any) -> str | None:
+    def reason(constant: tuple[str, ...] = (), **options: Any) -> str | None:
         found: list[str | None] = []
 
         def ask(q: jax.Array, k: jax.Array, v: jax.Array) -> None:
-            found.append(hopper.supports_backward(canonicalize(q, k, v, **options)[0]))
+            problem, _ = canonicalize(q, k, v, **options)
+            problem = dataclasses.replace(problem, constant=frozenset(constant))
+            found.append(hopper.supports_backward(problem))
 
-        jax.eval_shape(ask, q, k, v)
+        jax.eval_shape(ask, q, q, v)
         return found[0]
 
     if jax.__version_info__ < (0, 11):
-        assert reason(q, k, k) == "needs JAX 0.11 or newer"
+        assert reason() == "needs JAX 0.11 or newer"
         return
-    assert reason(q, k, k, is_causal=True) is None
-    assert "head dims up to 128" in str(reason(q, k, wide))
-    assert "logits that are modified" in str(reason(q, k, k, logits_soft_cap=3.0))
-    assert "logits that are modified" in str(reason(q, k, k, alibi_slopes=jnp.ones(2)))
+    table, bias = jnp.ones(256), jnp.ones((1, 2, 256, 1))
+    assert reason(is_causal=True, logits_soft_cap=3.0, alibi_slopes=None) is None
+    assert reason(alibi_slopes=jnp.ones(2), bias=bias.mT) is None
+    assert "slopes" in str(reason(alibi_slopes=jnp.ones(2), logits_soft_cap=3.0))
+    assert "rows, but not keys" in str(reason(bias=bias))
+    assert reason(("bias",), bias=bias) is None
+    captured: dict[str, Any] = {"score_mod": lambda s, b, h, q, k: jnp.tanh(s) + table[k]}
+    assert "score_mod captures" in str(reason(**captured))
+    assert reason(("score_consts",), **captured) is None
+
+
+@runs
+@pytest.mark.parametrize(
+    ("H", "Hv", "config"),
+    [
+        (32, 40, None),
+        (40, 136, None),
+        (24, 24, hopper.BackwardConfig(by_columns=True, stages=3)),
+    ],
+)
+def test_gradients_of_what_modifies_logits(
+    H: int, Hv: int, config: hopper.BackwardConfig | None
+) -> None:
+    """A bias of matrices that heads share, one by keys, slopes; a cap and a function without."""
+    if not mosaic.Sums.exist():
+        pytest.skip("JAX 0.10.2 passes no mutable arrays to kernels")
+    q, k, v = _normal(0, 2, 70, 4, H), _normal(1, 2, 150, 2, H), _normal(2, 2, 150, 2, Hv)
+    dout, slopes = _normal(3, 2, 70, 4, Hv), jnp.linspace(0.1, 0.4, 4)
+    all_of_them: list[dict[str, Any]] = [
+        {"bias": _normal(4, 2, 1, 70, 150), "is_causal": True, "query_offset": 60},
+        {"bias": _normal(4, 1, 4, 1, 150), "alibi_slopes": slopes, "is_causal": True},
+        {
+            "logits_soft_cap": 2.0,
+            "score_mod": lambda s, b, h, q, k: jnp.where(q % 3 == 0, s * s, jnp.tanh(s)),
+        },
+    ]
+    for options in all_of_them:
+        problem, operands = canonicalize(q, k, v, **options)
+        assert hopper.supports_backward(problem) is None
+        out, lse = xla.forward(problem, operands)
+        rest = (out, lse, dout, lse * 0.1)
+        with _running():
+            actual = hopper.backward(problem, operands, *rest, config)
+        want = xla.backward(problem, operands, *rest)
+        for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(want), strict=True):
+            assert (a.shape, a.dtype) == (b.shape, b.dtype)
+            difference = np.asarray(a, np.float32) - np.asarray(b, np.float32)
+            assert np.abs(difference).max() <= 0.02 * np.abs(np.asarray(b, np.float32)).max()
+
+
+def test_backward_config_refuses() -> None:
+    with pytest.raises(ValueError, match=r"block_q must be one of \(64, 128\); got 96"):
+        hopper.BackwardConfig(block_q=96)
+    with pytest.raises(ValueError, match=r"block_q must be one of \(64,\); got 128"):
+        hopper.BackwardConfig(block_q=128, by_columns=True)
+    with pytest.raises(ValueError, match="needs stages >= 2; got 1"):
+        hopper.BackwardConfig(stages=1)
 
 
 @needs_gpu
