@@ -39,6 +39,8 @@ from pallas_kernels.hopper.backward_visit import consume, dbias_width
 from pallas_kernels.hopper.config import ROWS
 from pallas_kernels.hopper.kernel import LOG2_E, divide
 
+_TINY = 1e-30  # what is smaller counts as zero
+
 
 @functools.partial(jax.jit, static_argnums=(0, 6, 7))
 def backward(
@@ -83,7 +85,11 @@ def backward(
     kernel_of = functools.partial(Backward, p, c, schedule, blocks, forms)
     empties = kernel_of(None).empties_rows
     flags = jnp.any(by_tile(empty, False), axis=-1).astype(jnp.int32)
-    inputs = (x, forms.do.array(dout), stats, flags if empties else None, found)
+    units = None
+    if p.deterministic:
+        units = lax.optimization_barrier(_units(operands, delta, dout, p.dropout_rate))
+    of_rows = None if units is None else by_tile(units, 0.0).reshape(p.B, p.N, -1)
+    inputs = (x, forms.do.array(dout), stats, flags if empties else None, found, of_rows)
     leaves, tree = jax.tree.flatten(inputs)
 
     def backward_kernel(*refs: mosaic.Ref) -> None:
@@ -105,7 +111,8 @@ def backward(
         params=mosaic.compiler_params(reduction_scratch_bytes=0, unsafe_no_auto_barriers=True),
     )
     shape: tuple[int, ...] = (p.B, q_blocks * c.block_q // ROWS, p.N, forms.q.strips)
-    dq_sums, dbias_sums = mosaic.Sums.zero(kv_blocks, shape, c.width), None
+    dtype = jnp.int32 if p.deterministic else jnp.float32
+    dq_sums, dbias_sums = mosaic.Sums.zero(kv_blocks, shape, c.width, dtype), None
     if sums_bias(problem):
         width = dbias_width(c.rows)
         shape = (*x.bias.shape[:2], kv_blocks * c.key_groups, q_blocks * c.block_q // width)
@@ -114,6 +121,9 @@ def backward(
     dk, dv, *by_key = launch(*leaves, *refs)
     dq = dq_sums.total().transpose(0, 1, 4, 2, 3, 5).reshape(p.B, -1, p.N, forms.q.columns)
     dq = dq[:, : p.T, :, : p.H] * p.scale
+    if units is not None:  # an integer is no NaN
+        dq = jnp.where(jnp.isfinite(lse - delta) | empty, 1.0, math.nan)[..., None] * dq
+        dq = dq * (1 / jnp.maximum(units, _TINY))[..., None]
     of_keys = dict(zip(names, jnp.sum(by_key[0], axis=1), strict=True)) if names else {}
     result = spec.Operands(
         query=dq,
@@ -142,6 +152,27 @@ def _outputs(
         shape = (len(names), CONSUMERS if c.by_columns else 1, p.B, p.N, keys)
         outputs.append(jax.ShapeDtypeStruct(shape, jnp.float32))
     return outputs
+
+
+def _units(x: spec.Operands, delta: jax.Array, dout: jax.Array, dropout_rate: float) -> jax.Array:
+    """How many units a 1 is, [B, T, N], such that no row of dQ exceeds 2^30 of them.
+
+    ``|dq| <= max|k| sum(p (|dp| + |delta|))``, where p sums to 1 and ``|dp| <= |dout| |v|``. Keys
+    that are not finite count as none: rows that see them are no numbers anyway.
+    """
+    groups = x.query.shape[2] // x.key.shape[2]
+
+    def largest(y: jax.Array) -> jax.Array:
+        found = jnp.max(jnp.where(jnp.isfinite(y), y, 0), axis=1)
+        return jnp.repeat(found, groups, axis=-1)[:, None]  # [B, 1, N]
+
+    def norm(y: jax.Array) -> jax.Array:
+        return jnp.sqrt(jnp.sum(jnp.square(y.astype(jnp.float32)), axis=-1))
+
+    keys = largest(jnp.max(jnp.abs(x.key.astype(jnp.float32)), axis=-1))
+    dp = norm(dout) * largest(norm(x.value)) / (1 - dropout_rate)
+    limit = keys * (dp + jnp.abs(delta))
+    return jnp.where(limit > _TINY, 2.0**30 / jnp.maximum(limit, _TINY), 0.0)
 
 
 def _dslopes(of_keys: Any) -> jax.Array | None:
@@ -180,7 +211,18 @@ def supports_backward(problem: spec.Problem) -> str | None:
     """Why this kernel cannot differentiate what the forward accepts, or None."""
     if not mosaic.Sums.exist():
         return "needs JAX 0.11 or newer"
-    return _refused_logits(problem)
+    return _refused_logits(problem) or _refused_order(problem)
+
+
+def _refused_order(p: spec.Problem) -> str | None:
+    """Why their order of summation cannot be left open, or None."""
+    if not p.deterministic:
+        return None
+    if p.score_mod is not None:
+        return "knows no bound for gradients through score_mod, which deterministic sums need"
+    if sums_bias(p) and p.operands.bias.shape[:2] != (p.B, p.N):
+        return "adds a bias's gradient up over batch and heads in no fixed order"
+    return None
 
 
 def _refused_logits(p: spec.Problem) -> str | None:

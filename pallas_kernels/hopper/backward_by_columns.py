@@ -29,6 +29,7 @@ from pallas_kernels.hopper.backward_visit import (
     probabilities,
     show,
     sum_up,
+    units_of_rows,
 )
 from pallas_kernels.hopper.config import ROWS
 
@@ -117,7 +118,8 @@ def multiply(
     mosaic.barrier_wait(r.ds_full.at[here.slot])
     dq = mosaic.start(ds_view.tiled, columns(c, r.k_smem.at(c.group)), transpose_a=True)
     dk = mosaic.start(ds_view.tiled, columns(c, r.q_smem.at(here.stage)), carry.dk)
-    add_share(c, work, here, mosaic.settle(dq, in_flight=1))
+    units = units_of_rows(c, work, here.of_rows.head, here.row0)
+    add_share(c, work, here, units, mosaic.settle(dq, in_flight=1))
     dk = mosaic.settle(dk)
     mosaic.barrier_arrive(r.free.at[here.stage])
     return carry._replace(dk=dk, last=Last(here.stage, here.slot))
@@ -137,13 +139,13 @@ def columns(c: Consumer, matrix: mosaic.Matrix) -> mosaic.Ref:
     return view.tiled.at[pl.ds(c.me * count, count)]
 
 
-def add_share(c: Consumer, work: KeyWork, here: Here, dq: jax.Array) -> None:
+def add_share(c: Consumer, work: KeyWork, here: Here, units: Any, dq: jax.Array) -> None:
     """Adds this consumer's columns of dQ to global memory."""
     width = c.k.config.width
     count = dq.shape[1] // width
     for i in range(count):
         part = dq[:, i * width : (i + 1) * width]
-        add_dq(c, work, here.of_rows.head, here.row0, c.me * count + i, part)
+        add_dq(c, work, here.of_rows.head, here.row0, c.me * count + i, units, part)
 
 
 def store(c: Consumer, work: KeyWork, x: jax.Array, gmem: mosaic.Ref) -> None:

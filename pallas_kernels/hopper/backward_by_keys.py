@@ -30,6 +30,7 @@ from pallas_kernels.hopper.backward_visit import (
     probabilities,
     show,
     sum_up,
+    units_of_rows,
 )
 from pallas_kernels.hopper.config import ROWS
 
@@ -56,16 +57,18 @@ def visit(c: Consumer, work: KeyWork, here: Here, masked: bool, carry: Carry) ->
     """A visit, with dQ of the one before."""
     q_full = c.k.refs.q_full.at[here.stage]
     if masked:  # one after the other, or registers run out
-        add_share(c, work, carry.last, mosaic.settle(start_dq(c, carry.last)))
+        units = units_of_share(c, work, carry.last)
+        add_share(c, work, carry.last, units, mosaic.settle(start_dq(c, carry.last)))
         mosaic.barrier_wait(q_full)
         weights = probabilities(c, here, mosaic.settle(start_scores(c, here.stage)))
     else:
         mosaic.barrier_wait(q_full)
         s = start_scores(c, here.stage)
         dq = start_dq(c, carry.last)
+        units = units_of_share(c, work, carry.last)
         weights = probabilities(c, here, mosaic.settle(s, in_flight=CONSUMERS))
         weights = lax.optimization_barrier(weights)
-        add_share(c, work, carry.last, mosaic.settle(dq))
+        add_share(c, work, carry.last, units, mosaic.settle(dq))
     return differentiate(c, here, weights, carry.dk, carry.dv, carry.sums)
 
 
@@ -100,9 +103,10 @@ def differentiate(
 def finish(c: Consumer, work: KeyWork, carry: Carry) -> None:
     """The last dQ of a tile of keys; stores dK and dV."""
     k, r = c.k, c.k.refs
+    units = units_of_share(c, work, carry.last)
     dq = mosaic.settle(start_dq(c, carry.last))
     mosaic.barrier_arrive(r.kv_free)
-    add_share(c, work, carry.last, dq)
+    add_share(c, work, carry.last, units, dq)
     store(c, work, carry.dv, r.dv_gmem)
     store(c, work, carry.dk * k.problem.scale, r.dk_gmem)
 
@@ -141,9 +145,13 @@ def start_dq(c: Consumer, last: Last) -> jax.Array:
     return dq
 
 
-def add_share(c: Consumer, work: KeyWork, last: Last, dq: jax.Array) -> None:
+def units_of_share(c: Consumer, work: KeyWork, last: Last) -> Any:
+    return units_of_rows(c, work, last.head, last.row0 + share(c)[0] * ROWS)
+
+
+def add_share(c: Consumer, work: KeyWork, last: Last, units: Any, dq: jax.Array) -> None:
     rows, strip = share(c)
-    add_dq(c, work, last.head, last.row0 + rows * ROWS, strip, dq)
+    add_dq(c, work, last.head, last.row0 + rows * ROWS, strip, units, dq)
 
 
 def store(c: Consumer, work: KeyWork, x: jax.Array, gmem: mosaic.Ref) -> None:

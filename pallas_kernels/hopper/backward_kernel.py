@@ -91,6 +91,7 @@ class Refs(NamedTuple):
     stats: mosaic.Ref  # [B, N, q_blocks, 2 * block_q] float32: lse to base 2, and delta
     empty: mosaic.Ref | None  # [B, N, q_blocks] int32: not 0 if a row sees nothing
     map: BlockMap | None
+    units: mosaic.Ref | None  # [B, N, T in whole tiles] float32: per unit of a row of integer dQ
     dq_gmem: mosaic.Ref  # [slabs, B, T / 64, N, strips, 64 * width], of `mosaic.Sums`
     dbias_gmem: mosaic.Ref | None  # [slabs, B|1, N|1, S / 64, T / n, 64 * n], n = min(rows, 64)
     dk_gmem: mosaic.Ref  # [B, S, K, H]

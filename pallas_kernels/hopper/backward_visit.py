@@ -224,8 +224,19 @@ def finish_head(c: Consumer, work: KeyWork, member: Any, carry: Carry) -> Carry:
     return carry._replace(sums=nothing_summed(k))
 
 
-def add_dq(c: Consumer, work: KeyWork, head: Any, row0: Any, strip: Any, dq: jax.Array) -> None:
+def units_of_rows(c: Consumer, work: KeyWork, head: Any, row0: Any) -> Any:
+    """How many units of integers a 1 is in 64 rows of dQ; None if they are summed as floats."""
+    if c.k.refs.units is None:
+        return None
+    return mosaic.load_rows(c.k.refs.units.at[work.batch, head, pl.ds(row0, ROWS)])
+
+
+def add_dq(
+    c: Consumer, work: KeyWork, head: Any, row0: Any, strip: Any, units: Any, dq: jax.Array
+) -> None:
     """Adds 64 rows and a strip of dQ to global memory."""
+    if units is not None:
+        dq = dq * mosaic.spread_rows(units, dq.shape)
     slab, row_tile = work.kv_block if mosaic.is_interpreting() else 0, lax.div(row0, ROWS)
     mosaic.add(c.k.refs.dq_gmem.at[slab, work.batch, row_tile, head, strip], dq)
 

@@ -20,26 +20,35 @@ _HEIGHT = 64
 # How rows and columns of a matrix are spread over threads: rows by warp, half and group of four
 # lanes, columns by pair of registers, register, lane within the group, element of a register.
 _ROWS, _COLUMNS = (4, 2, 8), (-1, 2, 4, 2)
-# In memory: warp, half, pair, then group and lane, then what one thread adds at once.
-_ORDER = (0, 1, 3, 2, 5, 4, 6)
-_AT_ONCE = 4
+# In memory: warp, half, pair, then group and lane, then what one thread adds at once: four floats,
+# or one integer.
+_ORDER = {
+    jnp.dtype(jnp.float32): (0, 1, 3, 2, 5, 4, 6),
+    jnp.dtype(jnp.int32): (0, 1, 3, 4, 6, 2, 5),
+}
+_LANES, _AT_ONCE = 32, 4
+_ADD_FOUR = "red.relaxed.gpu.global.add.v4.f32 [$0], {$1, $2, $3, $4};"
+_ADD_ROUNDED = "{ .reg .s32 t; cvt.rni.s32.f32 t, $1; red.relaxed.gpu.global.add.s32 [$0], t; }"
 
 
 class Sums(NamedTuple):
-    """An array of float32 matrices [slabs, ..., 64, width] that a kernel adds to.
+    """An array of matrices [slabs, ..., 64, width] that a kernel adds to.
+
+    Of float32, or of int32: what is added to those is rounded, and their sums do not depend on the
+    order in which blocks add.
 
     Compiled, there is one slab. Interpreted, where blocks cannot add to the same place, each of
     those that would has one of its own. A matrix is held in the order in which threads have it, so
-    that they add 16 bytes at a time, and a warp 512 that are contiguous.
+    that they add floats 16 bytes at a time, and a warp adds to what is contiguous.
     """
 
     ref: Any  # [slabs, ..., 64 * width], one of the kernel's last operands
 
     @classmethod
-    def zero(cls, slabs: int, shape: tuple[int, ...], width: int) -> Sums:
+    def zero(cls, slabs: int, shape: tuple[int, ...], width: int, dtype: Any = jnp.float32) -> Sums:
         """Nothing added yet to ``shape`` matrices; ``width`` is a multiple of 16."""
         slabs = slabs if interpreter.is_interpreting() else 1
-        return cls(jax.new_ref(jnp.zeros((slabs, *shape, _HEIGHT * width), jnp.float32)))
+        return cls(jax.new_ref(jnp.zeros((slabs, *shape, _HEIGHT * width), dtype)))
 
     def total(self) -> jax.Array:
         """What has been added once the kernel has been called, [..., 64, width]."""
@@ -49,8 +58,9 @@ class Sums(NamedTuple):
         sizes = np.array(_ROWS + _COLUMNS)
         sizes[sizes < 0] = found.shape[-1] // -np.prod(sizes)
         leading = found.shape[1:-1]
-        back = [len(leading) + int(i) for i in np.argsort(_ORDER)]
-        found = found.reshape(*leading, *sizes[list(_ORDER)])
+        order = _ORDER[found.dtype]
+        back = [len(leading) + int(i) for i in np.argsort(order)]
+        found = found.reshape(*leading, *sizes[list(order)])
         return found.transpose(*range(len(leading)), *back).reshape(*leading, _HEIGHT, -1)
 
     @classmethod
@@ -60,9 +70,10 @@ class Sums(NamedTuple):
 
 
 def add(sum_: Ref, value: jax.Array) -> None:
-    """Adds a matrix [64, width] to one of `Sums`, a reference [64 * width]."""
+    """Adds a float32 matrix [64, width] to one of `Sums`, a reference [64 * width]."""
+    exact = sum_.dtype == jnp.int32
     if interpreter.is_interpreting():
-        store(sum_, value.reshape(-1))
+        store(sum_, (jnp.round(value) if exact else value).astype(sum_.dtype).reshape(-1))
         return
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
@@ -72,30 +83,27 @@ def add(sum_: Ref, value: jax.Array) -> None:
         lane = arith.remui(thread, mgpu_utils.c(32, i32))
         warp = arith.remui(arith.divui(thread, mgpu_utils.c(32, i32)), mgpu_utils.c(4, i32))
         base = mgpu_utils.memref_ptr(sum_)
+        at_once = 1 if exact else _AT_ONCE
         first = mgpu_utils.dyn_dot(
-            (warp, lane), (mgpu_utils.c(16 * value.shape[1], i32), mgpu_utils.c(_AT_ONCE, i32))
+            (warp, lane), (mgpu_utils.c(16 * value.shape[1], i32), mgpu_utils.c(at_once, i32))
         )
         base = mgpu_utils.getelementptr(base, [first], f32)
-        for number, registers in enumerate(_by_four(value)):
-            place = mgpu_utils.getelementptr(base, [number * 32 * _AT_ONCE], f32)
-            elements = [
-                vector.extract(r, dynamic_position=[], static_position=[i])
-                for r in registers
-                for i in range(2)
-            ]
+        elements = _elements(value)
+        for start in range(0, len(elements), at_once):
+            place = mgpu_utils.getelementptr(base, [start * _LANES], f32)
             llvm.inline_asm(
                 ir.Type.parse("!llvm.void"),
-                [place, *elements],
-                "red.relaxed.gpu.global.add.v4.f32 [$0], {$1, $2, $3, $4};",
-                "l,f,f,f,f",
+                [place, *elements[start : start + at_once]],
+                _ADD_ROUNDED if exact else _ADD_FOUR,
+                ",".join("l" + "f" * at_once),
                 has_side_effects=True,
             )
 
     run(sum_, value)
 
 
-def _by_four(value: Any) -> list[list[Any]]:
-    """A thread's registers, each two columns, in pairs, by half and then by column."""
+def _elements(value: Any) -> list[Any]:
+    """A thread's elements by half, then by column, as far as the thread has them."""
     steps = [
         fa.WGMMA_LAYOUT.tiling.tile_strides(tuple(int(i == axis) for i in range(2)))
         for axis in range(2)
@@ -104,5 +112,8 @@ def _by_four(value: Any) -> list[list[Any]]:
         ((int(np.dot(at, steps[0])), int(np.dot(at, steps[1]))), at)
         for at in np.ndindex(value.registers.shape)
     )
-    registers = [value.registers[at] for _, at in placed]
-    return [registers[i : i + 2] for i in range(0, len(registers), 2)]
+    return [
+        vector.extract(value.registers[at], dynamic_position=[], static_position=[i])
+        for _, at in placed
+        for i in range(2)
+    ]
