@@ -76,10 +76,13 @@ def run(table: Table, argv: Sequence[str] | None) -> int:
 
 
 def implementations(problem: Problem) -> dict[str, baselines.Implementation]:
-    """Peers that know the option, then this library; the first that supports a call runs."""
+    """Peers that know the option, then this library.
+
+    tokamax is no peer for gradients: it has been slower than cuDNN at every shape.
+    """
     names = ["cudnn"] if problem.option in ("", "bias", "mask") else []
     if not problem.option:
-        names += ["tokamax"] if problem.window is None else []
+        names += ["tokamax"] if problem.window is None and problem.direction == "forward" else []
         names += ["fa3"] if problem.shape.head_dim == baselines.FA3_HEAD_DIM else []
     return {peer.name: peer for peer in baselines.select(names)} | {OURS: baselines.best_of_ours()}
 
