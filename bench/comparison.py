@@ -78,7 +78,7 @@ def run(table: Table, argv: Sequence[str] | None) -> int:
 def implementations(problem: Problem) -> dict[str, baselines.Implementation]:
     """Peers that know the option, then this library.
 
-    tokamax is no peer for gradients: it has been slower than cuDNN at every shape.
+    tokamax is left out of gradients: another peer has been faster at every shape.
     """
     names = ["cudnn"] if problem.option in ("", "bias", "mask") else []
     if not problem.option:

@@ -31,6 +31,8 @@ class Config:
     batch: int = 32
     steps: int = 180
     learning_rate: float = 3e-3
+    implementation: Any = None  # of attention, by name
+    attention_dtype: str = "float32"
 
 
 class Block(nnx.Module):
@@ -38,7 +40,8 @@ class Block(nnx.Module):
 
     def __init__(self, config: Config, rngs: nnx.Rngs) -> None:
         width = config.width
-        self.heads = config.heads
+        self.heads, self.dtype = config.heads, config.attention_dtype
+        self.implementation = config.implementation
         self.attention_norm = nnx.LayerNorm(width, rngs=rngs)
         self.query_key_value = nnx.Linear(width, 3 * width, rngs=rngs)
         self.project = nnx.Linear(width, width, rngs=rngs)
@@ -49,10 +52,12 @@ class Block(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:  # [B, T, width]
         batch, length, width = x.shape
         heads = (batch, length, self.heads, width // self.heads)
-        packed = self.query_key_value(self.attention_norm(x))
+        packed = self.query_key_value(self.attention_norm(x)).astype(self.dtype)
         query, key, value = (part.reshape(heads) for part in jnp.split(packed, 3, axis=-1))
-        attended = jaxflash.dot_product_attention(query, key, value, is_causal=True)
-        x = x + self.project(attended.reshape(batch, length, width))
+        attended = jaxflash.dot_product_attention(
+            query, key, value, is_causal=True, implementation=self.implementation
+        )
+        x = x + self.project(attended.astype(x.dtype).reshape(batch, length, width))
         return x + self.contract(nnx.gelu(self.expand(self.mlp_norm(x))))
 
 

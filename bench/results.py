@@ -150,8 +150,10 @@ class Line(NamedTuple):
     style: str = "o-"
 
 
-def save_plot(path: Path, title: str, y_label: str, lines: Sequence[Line]) -> str | None:
-    """Draws curves over the sequence length on two logarithmic axes.
+def save_plot(
+    path: Path, title: str, y_label: str, lines: Sequence[Line], x_label: str | None = None
+) -> str | None:
+    """Draws curves over the sequence length on logarithmic axes, over other things on plain ones.
 
     Returns the reason when there is no plot.
     """
@@ -169,11 +171,12 @@ def save_plot(path: Path, title: str, y_label: str, lines: Sequence[Line]) -> st
         (drawn,) = axes.plot(line.x, line.y, line.style, label=line.label)
         if line.band:
             axes.fill_between(line.x, *line.band, color=drawn.get_color(), alpha=0.2)
-    ticks = sorted({x for line in lines for x in line.x})
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
-    axes.set(title=title, xlabel="sequence length T", ylabel=y_label)
+    if x_label is None:
+        ticks = sorted({x for line in lines for x in line.x})
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    axes.set(title=title, xlabel=x_label or "sequence length T", ylabel=y_label)
     axes.grid(alpha=0.3)
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -192,6 +195,7 @@ class Report(NamedTuple):
     rows: Sequence[Mapping[str, Any]]
     plot_y_label: str = ""
     plot_lines: Sequence[Line] | None = None  # None: no plot is wanted
+    plot_x_label: str | None = None  # None: the sequence length
 
 
 def publish(report: Report, device: jax.Device, out_dir: Path) -> None:
@@ -200,7 +204,8 @@ def publish(report: Report, device: jax.Device, out_dir: Path) -> None:
     stem = f"{report.table}{report.variant}-{place}"
     plot, problem, picture = out_dir / f"{stem}.png", None, ""
     if report.plot_lines is not None:
-        problem = save_plot(plot, report.title, report.plot_y_label, report.plot_lines)
+        labels = report.plot_y_label, report.plot_lines, report.plot_x_label
+        problem = save_plot(plot, report.title, *labels)
         picture = f"\n{problem or f'![{report.title}]({plot.name})'}\n"
     parts = [f"## {report.title}", *(section for section in report.sections if section)]
     text = "\n\n".join([*parts, origin_line(device)])

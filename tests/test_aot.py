@@ -106,7 +106,7 @@ class _Gradient(NamedTuple):
     H: int
     length: int = 4096
     heads: int = 4
-    options: dict[str, Any] = {}
+    options: dict[str, Any] | None = None
     Hv: int | None = None
 
 
@@ -134,7 +134,9 @@ def test_hopper_backward_compiles_without_spills(name: str) -> None:
     case = BACKWARDS[name]
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        out = jaxflash.dot_product_attention(q, k, v, **case.options, implementation="hopper")
+        out = jaxflash.dot_product_attention(
+            q, k, v, **(case.options or {}), implementation="hopper"
+        )
         return jnp.sum(out.astype(jnp.float32))
 
     q, k, v = (
@@ -144,6 +146,25 @@ def test_hopper_backward_compiles_without_spills(name: str) -> None:
     kernels = aot.compile_for(jax.grad(loss, (0, 1, 2)), q, k, v, gpu="h100").kernels
     assert [kernel.name for kernel in kernels] == ["forward_kernel", "backward_kernel"]
     _assert_fast(kernels[1])
+
+
+@needs_compiler
+@pytest.mark.skipif(not mosaic.Sums.exist(), reason="this JAX has no gradients by the kernel")
+def test_hopper_gradients_need_memory_linear_in_length() -> None:
+    """The output, lse, delta, and dQ in float32: what is there beside arguments and results."""
+
+    def temporary(length: int) -> int:
+        def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            out = jaxflash.dot_product_attention(q, k, v, implementation="hopper")
+            return jnp.sum(out.astype(jnp.float32))
+
+        x = _bf16(1, length, 4, 128)
+        return aot.compile_for(jax.grad(loss, (0, 1, 2)), x, x, x, gpu="h100").temp_bytes
+
+    short, long = temporary(2048), temporary(8192)
+    assert long <= 4.1 * short
+    one = 8192 * 4 * 128 * 2
+    assert long <= 6 * one
 
 
 @needs_compiler

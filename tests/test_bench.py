@@ -1,6 +1,7 @@
 """The benchmarks' own parts: formulas, timing, parity, skipping, writing."""
 
 import dataclasses
+import functools
 import json
 import math
 from types import SimpleNamespace
@@ -12,10 +13,26 @@ import pytest
 from flax import nnx
 from jax.experimental.mosaic.gpu import profiler
 
+import jaxflash
 from bench import __main__ as entry
-from bench import baselines, capacity, cli, demo, lm, parity, results, runner, seed, tables, timing
+from bench import (
+    baselines,
+    capacity,
+    cli,
+    comparison,
+    demo,
+    lm,
+    parity,
+    results,
+    runner,
+    seed,
+    tables,
+    timing,
+    train,
+)
 from bench.baselines import Implementation
 from bench.parity import Oracle
+from bench.problems import Problem
 from bench.shapes import DIRECTIONS, Shape, flops, min_bytes, random_inputs, score_matrix_bytes
 from bench.timing import WALL, Budget, Clock, compile_program, interleaved, wall_clock
 
@@ -42,9 +59,17 @@ def test_listing_names_every_table(capsys):
     for name, (_, summary) in entry.TABLES.items():
         assert name in printed
         assert summary in printed
-    assert {"demo", "forward", "backward", "tune", "speed", "long", "memory", "aot"} == set(
-        entry.TABLES
-    )
+    assert {
+        "demo",
+        "forward",
+        "backward",
+        "train",
+        "tune",
+        "speed",
+        "long",
+        "memory",
+        "aot",
+    } == set(entry.TABLES)
 
 
 def test_unknown_table_is_refused(capsys):
@@ -448,6 +473,40 @@ def test_demo_fails_when_the_loss_does_not_fall():
     assert demo.learning_problems([start, lm.Report(9, 0.01, 1.0)]) == []
     assert len(demo.learning_problems([start, lm.Report(9, 3.4, 0.03)])) == 2
     assert len(demo.learning_problems([start, lm.Report(9, math.nan, 0.0)])) == 2
+
+
+def test_training_with_a_backend_stays_near_the_reference(tmp_path, capsys):
+    options = ["--steps", "3", "--out", str(tmp_path)]
+    assert train.main(options) == 0
+    assert "Mean distance of xla from the reference" in capsys.readouterr().out
+    rows = results.read_rows(tmp_path / f"train-{results.device_slug(jax.devices()[0])}.jsonl")
+    assert len(rows) == 3 * 4  # implementations and steps, the one before the first included
+
+
+@pytest.mark.parametrize("option", ["", "bias", "sinks"])
+def test_wrong_gradients_are_found(option):
+    shape = Shape(1, 128, 128, 2, 1, 32, True)
+    problem = Problem(shape, None, option, "forward+backward")
+    inputs = (problem.arrays(), *random_inputs(shape, problem.direction))
+    ours = functools.partial(jaxflash.dot_product_attention, implementation="reference")
+    found, want = problem.call(ours, *inputs), problem.expected(*inputs)
+    assert problem.fault(found, want) is None
+    assert len(found) == (3 if not option else 4)
+    for i, x in enumerate(found):
+        assert "wrong" in problem.fault((*found[:i], x * 1.05, *found[i + 1 :]), want)
+
+
+def test_what_the_backward_takes_alone():
+    both, alone = Problem(SMALL, direction="forward+backward"), Problem(SMALL)
+    names = ("cudnn", comparison.OURS)
+    row, base = (
+        [comparison.Cell(p, n, None, None, ms, p.flops) for n, ms in zip(names, times, strict=True)]
+        for p, times in ((both, (7.0, 5.0)), (alone, (2.0, 1.0)))
+    )
+    assert comparison.ratio(row) == 7 / 5
+    less = comparison._less(row, base)
+    assert comparison.ratio(less) == 5 / 4
+    assert less[0].flops == 2.5 * alone.flops
 
 
 def test_demo_fails_when_the_answer_is_wrong():

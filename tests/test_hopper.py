@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -174,6 +175,49 @@ def test_gradients_of_what_modifies_logits(
             assert (a.shape, a.dtype) == (b.shape, b.dtype)
             difference = np.asarray(a, np.float32) - np.asarray(b, np.float32)
             assert np.abs(difference).max() <= 0.02 * np.abs(np.asarray(b, np.float32)).max()
+
+
+@runs
+@pytest.mark.parametrize("H", [24, 136])
+def test_deterministic_gradients_are_right_where_keys_are_hidden(H: int) -> None:
+    """Sums of integers: what a NaN that nobody sees must not touch, nor one row another."""
+    if not mosaic.Sums.exist():
+        pytest.skip("JAX 0.10.2 passes no mutable arrays to kernels")
+    q, k, v, dout = (_normal(i, 1, 90, 2, H) for i in range(4))
+    k, v = k.at[:, 80:].set(jnp.nan), v.at[:, 80:].set(jnp.nan)
+    dout = dout.at[:, 3].multiply(1000)
+
+    def gradients(implementation: str) -> Any:
+        def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            return jaxflash.dot_product_attention(
+                q, k, v, is_causal=True, query_offset=-11, deterministic=True,
+                implementation=implementation,
+            )  # fmt: skip
+
+        return jax.vjp(attention, q, k, v)[1](dout)
+
+    with _running():
+        actual = gradients("hopper")
+    for found, expected in zip(actual, gradients("xla"), strict=True):
+        a, b = np.asarray(found, np.float32), np.asarray(expected, np.float32)
+        scale = np.abs(b).max(axis=-1, keepdims=True) + 1e-3 * np.abs(b).max()
+        assert (np.abs(a - b) <= 0.05 * scale).all()
+
+
+@needs_gpu
+@pytest.mark.parametrize("H", [64, 128, 256])
+def test_deterministic_gradients_are_equal_in_twenty_runs(H: int) -> None:
+    @jax.jit
+    def run(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
+        out, pull = jax.vjp(
+            functools.partial(_attention, is_causal=True, deterministic=True), q, k, v
+        )
+        return pull(jnp.sin(out))
+
+    operands = [_normal(i, 2, 2001, 8, H) for i in range(3)]
+    first = run(*operands)
+    for _ in range(19):
+        assert all(map(jnp.array_equal, run(*operands), first))
 
 
 def test_backward_config_refuses() -> None:
