@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench import baselines, forward, results, tune
+from bench import baselines, comparison, forward, results, tune
 from bench.problems import Problem, document_lengths
 from bench.shapes import Shape
-from bench.timing import Timing
 
 _SMALL = Shape(1, 256, 256, 2, 1, 16, True)
 
@@ -51,13 +50,12 @@ def test_forward_does_not_time_a_wrong_answer(
 
 
 def test_forward_ratio_is_to_the_best_peer() -> None:
-    def cell(name: str, ms: float | None) -> forward.Cell:
-        timing = None if ms is None else Timing((ms,), "wall", 0)
-        return forward.Cell(Problem(_SMALL), name, timing, None)
+    def cell(name: str, ms: float | None) -> comparison.Cell:
+        return comparison.Cell(Problem(_SMALL), name, None, None, ms, 1.0)
 
     row = [cell("cudnn", 3.0), cell("fa3", 2.0), cell("tokamax", None), cell("jaxflash", 4.0)]
-    assert forward.ratio(row) == 0.5
-    assert forward.ratio(row[:3]) is None
+    assert comparison.ratio(row) == 0.5
+    assert comparison.ratio(row[:3]) is None
 
 
 def test_documents_fill_the_sequence() -> None:

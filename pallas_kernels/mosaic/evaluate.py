@@ -99,6 +99,8 @@ def _apply(equation: Any, inputs: list[Any]) -> list[Any]:
         inputs = [x if jnp.shape(x) else jnp.broadcast_to(x, shape) for x in inputs]
     if name in _REPLACED:
         return [_REPLACED[name](*inputs, **params)]
+    if params.get("accuracy") is not None:  # there is one way to compute it
+        params = params | {"accuracy": None}
     out = equation.primitive.bind(*inputs, **params)
     return list(out) if equation.primitive.multiple_results else [out]
 
@@ -152,6 +154,14 @@ def _integer_pow(x: Any, y: int, **_: Any) -> Any:
     return power if y > 0 else 1 / power
 
 
+def _polynomial(x: Any, *coefficients: Any, **_: Any) -> Any:
+    """The lowest order comes first."""
+    *rest, total = coefficients
+    for c in reversed(rest):
+        total = total * x + c
+    return total
+
+
 def _erf(x: Any, **_: Any) -> Any:
     """Abramowitz and Stegun 7.1.26: error below 1.5e-7."""
     t = 1 / (1 + 0.3275911 * jnp.abs(x))
@@ -180,12 +190,14 @@ _REPLACED: dict[str, Callable[..., Any]] = {
     "one_minus_square": lambda x, **_: 1 - x * x,
     "logistic": lambda x, **_: 1 / (1 + jnp.exp(-x)),
     "erf": _erf,
+    "polynomial": _polynomial,
     "sign": lambda x, **_: jnp.where(x > 0, 1, jnp.where(x < 0, -1, 0)).astype(x.dtype),
     "abs": lambda x, **_: jnp.where(x < 0, -x, x),
     "is_finite": lambda x, **_: (x > -math.inf) & (x < math.inf),
     "copy": lambda x, **_: x,
     "copy_p": lambda x, **_: x,
     "stop_gradient": lambda x, **_: x,
+    "reshard": lambda x, **_: x,
     "add_any": lambda x, y, **_: x + y,
     "convert_element_type": lambda x, new_dtype, **_: lax.convert_element_type(x, new_dtype),
     "clamp": lambda low, x, high, **_: jnp.minimum(jnp.maximum(x, low), high),
@@ -229,6 +241,7 @@ _ELEMENTWISE = frozenset(
         "shift_right_logical",
         "shift_right_arithmetic",
         "round",
+        "bitcast_convert_type",
     ]
 )
 
