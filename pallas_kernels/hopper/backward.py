@@ -13,6 +13,7 @@ tiles into it, is in `backward_producer`.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,10 +33,11 @@ from pallas_kernels.hopper.backward_kernel import (
     Backward,
     BackwardConfig,
     BackwardForms,
+    key_sums,
     sums_bias,
 )
 from pallas_kernels.hopper.backward_producer import produce
-from pallas_kernels.hopper.backward_visit import consume, dbias_width
+from pallas_kernels.hopper.backward_visit import consume
 from pallas_kernels.hopper.config import ROWS
 from pallas_kernels.hopper.kernel import LOG2_E, divide
 
@@ -74,20 +76,15 @@ def backward(
     blocks = min(blocks or gpu.multiprocessors(problem.device), schedule.tiles)
     # The barrier keeps XLA from a sum within the transpose, which reads column by column.
     delta = lax.optimization_barrier(spec.softmax.delta(out, lse, dout, dlse))
-    empty = lse == -math.inf
-    base2 = jnp.where(empty, math.inf, lse * LOG2_E)
+    units = _units(operands, delta, dout, p.dropout_rate) if p.deterministic else None
     by_tile = functools.partial(_by_tile, c, q_blocks)
-    stats = jnp.concatenate([by_tile(base2, math.inf), by_tile(delta, 0.0)], axis=-1)
+    stats, flags = _of_rows(lse, delta, by_tile)
     sizes = q_blocks * c.block_q, kv_blocks * c.block_kv
     x = tiles.prepare(problem, operands, *sizes, turned=True)
     q, k_, v = forms.q.array(x.query), forms.k.array(x.key), forms.v.array(x.value)
     x = x._replace(query=q, key=k_, value=v)
     kernel_of = functools.partial(Backward, p, c, schedule, blocks, forms)
     empties = kernel_of(None).empties_rows
-    flags = jnp.any(by_tile(empty, False), axis=-1).astype(jnp.int32)
-    units = None
-    if p.deterministic:
-        units = lax.optimization_barrier(_units(operands, delta, dout, p.dropout_rate))
     of_rows = None if units is None else by_tile(units, 0.0).reshape(p.B, p.N, -1)
     inputs = (x, forms.do.array(dout), stats, flags if empties else None, found, of_rows)
     leaves, tree = jax.tree.flatten(inputs)
@@ -99,7 +96,7 @@ def backward(
         cleans = k.hides_keys or empties
         divide(CONSUMERS, cleans, lambda: consume(k, order), lambda: produce(k))
 
-    names = kernel_of(None).key_sums
+    names = key_sums(problem)
     launch = mosaic.kernel(
         backward_kernel,
         out_type=_outputs(p, c, forms, kv_blocks, names),
@@ -114,16 +111,15 @@ def backward(
     dtype = jnp.int32 if p.deterministic else jnp.float32
     dq_sums, dbias_sums = mosaic.Sums.zero(kv_blocks, shape, c.width, dtype), None
     if sums_bias(problem):
-        width = dbias_width(c.rows)
-        shape = (*x.bias.shape[:2], kv_blocks * c.key_groups, q_blocks * c.block_q // width)
-        dbias_sums = mosaic.Sums.zero(p.B * p.N, shape, width)
+        q_tiles = q_blocks * c.block_q // c.bias_width
+        shape = (*x.bias.shape[:2], kv_blocks * c.key_groups, q_tiles)
+        dbias_sums = mosaic.Sums.zero(p.B * p.N, shape, c.bias_width)
     refs = [s.ref for s in (dq_sums, dbias_sums) if s is not None]
     dk, dv, *by_key = launch(*leaves, *refs)
     dq = dq_sums.total().transpose(0, 1, 4, 2, 3, 5).reshape(p.B, -1, p.N, forms.q.columns)
     dq = dq[:, : p.T, :, : p.H] * p.scale
-    if units is not None:  # an integer is no NaN
-        dq = jnp.where(jnp.isfinite(lse - delta) | empty, 1.0, math.nan)[..., None] * dq
-        dq = dq * (1 / jnp.maximum(units, _TINY))[..., None]
+    if units is not None:
+        dq = _from_units(dq, units, lse, delta)
     of_keys = dict(zip(names, jnp.sum(by_key[0], axis=1), strict=True)) if names else {}
     result = spec.Operands(
         query=dq,
@@ -134,6 +130,16 @@ def backward(
         sinks=spec.softmax.of_sinks(operands.sinks, lse, delta),
     )
     return spec.gradients(operands, result)
+
+
+def _of_rows(
+    lse: jax.Array, delta: jax.Array, by_tile: Callable[..., jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Of each tile of queries the lse to base 2 and delta, and whether a row sees nothing."""
+    empty = lse == -math.inf
+    base2 = jnp.where(empty, math.inf, lse * LOG2_E)
+    stats = jnp.concatenate([by_tile(base2, math.inf), by_tile(delta, 0.0)], axis=-1)
+    return stats, jnp.any(by_tile(empty, False), axis=-1).astype(jnp.int32)
 
 
 def _outputs(
@@ -172,7 +178,14 @@ def _units(x: spec.Operands, delta: jax.Array, dout: jax.Array, dropout_rate: fl
     keys = largest(jnp.max(jnp.abs(x.key.astype(jnp.float32)), axis=-1))
     dp = norm(dout) * largest(norm(x.value)) / (1 - dropout_rate)
     limit = keys * (dp + jnp.abs(delta))
-    return jnp.where(limit > _TINY, 2.0**30 / jnp.maximum(limit, _TINY), 0.0)
+    units = jnp.where(limit > _TINY, 2.0**30 / jnp.maximum(limit, _TINY), 0.0)
+    return lax.optimization_barrier(units)  # as for delta
+
+
+def _from_units(dq: jax.Array, units: jax.Array, lse: jax.Array, delta: jax.Array) -> jax.Array:
+    """Sums of integers as numbers; NaN, which no integer is, where the row has seen one."""
+    is_number = jnp.isfinite(lse - delta) | (lse == -math.inf)
+    return dq * (jnp.where(is_number, 1.0, math.nan) / jnp.maximum(units, _TINY))[..., None]
 
 
 def _dslopes(of_keys: Any) -> jax.Array | None:

@@ -55,6 +55,11 @@ class BackwardConfig:
         """Of strips of 16-bit elements."""
         return 32 if self.by_columns else 64
 
+    @property
+    def bias_width(self) -> int:
+        """Rows in each of the matrices that a bias's gradient is summed in."""
+        return min(self.rows, ROWS)
+
     def strips(self, columns: int) -> int:
         """In how many strips so many columns are held."""
         count = -(-columns // self.width)
@@ -93,7 +98,7 @@ class Refs(NamedTuple):
     map: BlockMap | None
     units: mosaic.Ref | None  # [B, N, T in whole tiles] float32: per unit of a row of integer dQ
     dq_gmem: mosaic.Ref  # [slabs, B, T / 64, N, strips, 64 * width], of `mosaic.Sums`
-    dbias_gmem: mosaic.Ref | None  # [slabs, B|1, N|1, S / 64, T / n, 64 * n], n = min(rows, 64)
+    dbias_gmem: mosaic.Ref | None  # [slabs, B|1, N|1, S / 64, T / n, 64 * n], n = bias_width
     dk_gmem: mosaic.Ref  # [B, S, K, H]
     dv_gmem: mosaic.Ref  # [B, S, K, Hv]
     sums_gmem: mosaic.Ref | None  # [key sums, 2 if by_columns else 1, B, N, S] float32
@@ -198,10 +203,6 @@ class Backward(Kernel):
     config: BackwardConfig
     forms: BackwardForms
     refs: Refs
-
-    @property
-    def key_sums(self) -> tuple[str, ...]:
-        return key_sums(self.problem)
 
     def work(self, tile: Any) -> KeyWork:
         """The tile of keys that comes at a place of the order: the first ones have most to do."""

@@ -14,7 +14,7 @@ from jax import lax
 from pallas_kernels import mosaic
 from pallas_kernels.common.schedule import Work
 from pallas_kernels.hopper import tile as tiles
-from pallas_kernels.hopper.backward_kernel import CONSUMERS, Backward, KeyWork
+from pallas_kernels.hopper.backward_kernel import CONSUMERS, Backward, KeyWork, key_sums
 from pallas_kernels.hopper.config import ROWS
 from pallas_kernels.hopper.kernel import LOG2_E
 from pallas_kernels.hopper.softmax import Visit
@@ -77,7 +77,7 @@ class Carry(NamedTuple):
 
     dk: jax.Array  # [64, columns] float32
     dv: jax.Array  # [64, columns] float32
-    sums: tuple[jax.Array, ...]  # for each of `Backward.key_sums`: [64] float32, of a head
+    sums: tuple[jax.Array, ...]  # for each of `key_sums`: [64] float32, of a head
     last: Any  # where the operands of that product are, and where it goes
 
 
@@ -185,7 +185,7 @@ def sum_up(
         assert span is not None
         return total - jnp.sum(ds * tiles.distance(tile, span), axis=1)
 
-    return tuple(added(n, x) for n, x in zip(c.k.key_sums, sums, strict=True))
+    return tuple(added(n, x) for n, x in zip(key_sums(c.k.problem), sums, strict=True))
 
 
 def add_bias(c: Consumer, here: Here, ds: jax.Array) -> None:
@@ -195,19 +195,14 @@ def add_bias(c: Consumer, here: Here, ds: jax.Array) -> None:
     batch, head = tiles.heads_of(sums.at[0], here.of_rows)
     number = here.of_rows.batch * c.k.problem.N + here.of_rows.head
     slab = number if mosaic.is_interpreting() else 0
-    key_tile, width = lax.div(here.span.key0, ROWS), dbias_width(c.k.config.rows)
+    key_tile, width = lax.div(here.span.key0, ROWS), c.k.config.bias_width
     for start in range(0, c.k.config.rows, width):
         row_tile = lax.div(here.span.row0 + start, width)
         mosaic.add(sums.at[slab, batch, head, key_tile, row_tile], ds[:, start : start + width])
 
 
-def dbias_width(rows: int) -> int:
-    """Of the matrices that a bias's gradient is summed in."""
-    return min(rows, ROWS)
-
-
 def nothing_summed(k: Backward) -> tuple[jax.Array, ...]:
-    return tuple(mosaic.full((ROWS,), 0, jnp.float32) for _ in k.key_sums)
+    return tuple(mosaic.full((ROWS,), 0, jnp.float32) for _ in key_sums(k.problem))
 
 
 def finish_head(c: Consumer, work: KeyWork, member: Any, carry: Carry) -> Carry:

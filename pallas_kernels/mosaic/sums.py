@@ -56,7 +56,6 @@ class Sums(NamedTuple):
         if interpreter.is_interpreting():
             return jnp.sum(found, axis=0).reshape(*found.shape[1:-1], _HEIGHT, -1)
         sizes = np.array(_ROWS + _COLUMNS)
-        sizes[sizes < 0] = found.shape[-1] // -np.prod(sizes)
         leading = found.shape[1:-1]
         order = _ORDER[found.dtype]
         back = [len(leading) + int(i) for i in np.argsort(order)]
