@@ -5,20 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bench import comparison
-from bench.problems import Problem
+from bench.problems import Problem, common
 from bench.shapes import Shape
 
 
 def problems() -> dict[str, list[Problem]]:
     """What is measured, by heading."""
-    plain = [
-        Problem(Shape(b, t, t, 2048 // h, 2048 // h, h, c))
-        for h in (64, 128, 256)
-        for b, t in ((16, 1024), (4, 4096), (1, 16384))
-        for c in (False, True)
-    ]
+    shared = common()
     seed = [Problem(Shape(8, t, t, 32, 32, 64)) for t in (512, 1024, 2048, 4096, 8192)]
-    grouped = [Problem(Shape(4, 2048, 2048, n, k, 128, True)) for n, k in ((32, 32), (64, 8))]
     windows = [
         Problem(Shape(4, 2048, 2048, 64, 8, 128, True), (1024, 0)),
         Problem(Shape(1, 16384, 16384, 16, 16, 128, True), (4096, 0)),
@@ -38,9 +32,9 @@ def problems() -> dict[str, list[Problem]]:
     square = Shape(4, 4096, 4096, 16, 16, 128)
     options += [Problem(square, None, o) for o in ("", "bias", "mask", "dropout")]
     return {
-        "16k tokens, 2048 features": plain,
+        "16k tokens, 2048 features": shared["16k tokens, 2048 features"],
         "The seed document's shapes": seed,
-        "Grouped heads": grouped,
+        "Grouped heads": shared["Grouped heads"],
         "Windows": windows,
         "Lengths that no tile divides": tails,
         "Head dims": head_dims,
@@ -49,7 +43,7 @@ def problems() -> dict[str, list[Problem]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the table; 1 when this library gave a wrong answer."""
+    """Runs the table; 1 when an implementation gave a wrong answer."""
     table = comparison.Table(
         name="forward",
         title="Attention forward",

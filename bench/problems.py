@@ -170,6 +170,21 @@ class Problem:
         return [slice(start, start + _ROWS) for start in (0, max(0, T - _ROWS))]
 
 
+def common() -> dict[str, list[Problem]]:
+    """What the tables of the forward and of gradients both measure, by heading."""
+    return {
+        "16k tokens, 2048 features": [
+            Problem(Shape(b, t, t, 2048 // h, 2048 // h, h, c))
+            for h in (64, 128, 256)
+            for b, t in ((16, 1024), (4, 4096), (1, 16384))
+            for c in (False, True)
+        ],
+        "Grouped heads": [
+            Problem(Shape(4, 2048, 2048, n, k, 128, True)) for n, k in ((32, 32), (64, 8))
+        ],
+    }
+
+
 def submit(
     compiler: Compiler, problem: Problem, functions: Mapping[str, Callable[..., Any]]
 ) -> dict[str, futures.Future[jax.stages.Compiled] | str]:
