@@ -85,10 +85,15 @@ class Compiler:
         self._threads = futures.ThreadPoolExecutor(max(1, results.usable_cores() - 2))
 
     def submit(
-        self, function: Callable[..., Any], *args: Any
+        self, function: Callable[..., Any], *args: Any, is_timed: bool = True
     ) -> futures.Future[jax.stages.Compiled]:
-        """Lowers here, for lowering keeps to one thread; arguments may be without contents."""
-        return self._threads.submit(jax.jit(function).lower(*args).compile)
+        """Lowers here, for lowering keeps to one thread; arguments may be without contents.
+
+        What is not timed is compiled without a search for the fastest products.
+        """
+        options = None if is_timed else {"xla_gpu_autotune_level": 0}
+        lowered = jax.jit(function).lower(*args)
+        return self._threads.submit(lowered.compile, compiler_options=options)
 
 
 def wall_clock(method: str = WALL) -> Clock:

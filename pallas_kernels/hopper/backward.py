@@ -34,6 +34,7 @@ from pallas_kernels.hopper.backward_kernel import (
     BackwardConfig,
     BackwardForms,
     key_sums,
+    stores_bias,
     sums_bias,
 )
 from pallas_kernels.hopper.backward_producer import produce
@@ -72,8 +73,8 @@ def backward(
     needs_map = block_map.needs_map(problem)
     found = block_map.by_key(problem, operands, c.block_q, c.block_kv) if needs_map else None
     p, forms = tiles.in_kernel(problem), BackwardForms.of(problem, c)
-    schedule = Schedule(p.B, p.K, kv_blocks, _heads_at_once(p))
-    blocks = min(blocks or gpu.multiprocessors(problem.device), schedule.tiles)
+    blocks = min(blocks or gpu.multiprocessors(problem.device), p.B * p.K * kv_blocks)
+    schedule = Schedule(p.B, p.K, kv_blocks, _heads_at_once(p, blocks, kv_blocks))
     # The barrier keeps XLA from a sum within the transpose, which reads column by column.
     delta = lax.optimization_barrier(spec.softmax.delta(out, lse, dout, dlse))
     units = _units(operands, delta, dout, p.dropout_rate) if p.deterministic else None
@@ -96,10 +97,9 @@ def backward(
         cleans = k.hides_keys or empties
         divide(CONSUMERS, cleans, lambda: consume(k, order), lambda: produce(k))
 
-    names = key_sums(problem)
     launch = mosaic.kernel(
         backward_kernel,
-        out_type=_outputs(p, c, forms, kv_blocks, names),
+        out_type=_outputs(problem, c, forms, q_blocks, kv_blocks),
         scratch_types=list(forms.scratch(c, p.dtype).values()),
         grid={"block": blocks},
         threads=("warpgroup", CONSUMERS + 1),
@@ -110,22 +110,29 @@ def backward(
     shape: tuple[int, ...] = (p.B, q_blocks * c.block_q // ROWS, p.N, forms.q.strips)
     dtype = jnp.int32 if p.deterministic else jnp.float32
     dq_sums, dbias_sums = mosaic.Sums.zero(kv_blocks, shape, c.width, dtype), None
-    if sums_bias(problem):
-        q_tiles = q_blocks * c.block_q // c.bias_width
-        shape = (*x.bias.shape[:2], kv_blocks * c.key_groups, q_tiles)
+    if sums_bias(problem) and not stores_bias(problem):
+        shape = _bias_tiles(problem, c, q_blocks, kv_blocks)
         dbias_sums = mosaic.Sums.zero(p.B * p.N, shape, c.bias_width)
     refs = [s.ref for s in (dq_sums, dbias_sums) if s is not None]
-    dk, dv, *by_key = launch(*leaves, *refs)
+    dk, dv, *rest = launch(*leaves, *refs)
+    dbias = mosaic.matrices(rest.pop(0)) if stores_bias(problem) else None
+    if dbias_sums is not None:
+        dbias = dbias_sums.total()
     dq = dq_sums.total().transpose(0, 1, 4, 2, 3, 5).reshape(p.B, -1, p.N, forms.q.columns)
-    dq = dq[:, : p.T, :, : p.H] * p.scale
+    dq = dq * p.scale
+    if units is None:
+        # The barrier keeps XLA from taking a part of what it turns, element by element.
+        dq = lax.optimization_barrier(dq.astype(p.dtype))
+    dq = dq[:, : p.T, :, : p.H]
     if units is not None:
         dq = _from_units(dq, units, lse, delta)
-    of_keys = dict(zip(names, jnp.sum(by_key[0], axis=1), strict=True)) if names else {}
+    names = key_sums(problem)
+    of_keys = dict(zip(names, jnp.sum(rest[0], axis=1), strict=True)) if names else {}
     result = spec.Operands(
         query=dq,
         key=dk[:, : p.S, :, : p.H],
         value=dv[:, : p.S, :, : p.Hv],
-        bias=_dbias(problem, dbias_sums, of_keys.get("bias")),
+        bias=_dbias(problem, dbias, of_keys.get("bias")),
         alibi_slopes=_dslopes(of_keys.get("alibi_slopes")),
         sinks=spec.softmax.of_sinks(operands.sinks, lse, delta),
     )
@@ -143,9 +150,12 @@ def _of_rows(
 
 
 def _outputs(
-    p: spec.Problem, c: BackwardConfig, forms: BackwardForms, kv_blocks: int, names: tuple[str, ...]
+    p: spec.Problem, c: BackwardConfig, forms: BackwardForms, q_blocks: int, kv_blocks: int
 ) -> list[jax.ShapeDtypeStruct]:
-    """Of dK and dV, in whole tiles where they are not copied out; and sums over rows, by key."""
+    """Of dK and dV, in whole tiles where they are not copied out.
+
+    And of what is stored of a bias, and sums over rows, by key.
+    """
     keys = kv_blocks * c.block_kv
     shapes = [
         (p.B, keys, p.K, form.columns)
@@ -154,10 +164,21 @@ def _outputs(
         for form in (forms.k, forms.v)
     ]
     outputs = [jax.ShapeDtypeStruct(shape, p.dtype) for shape in shapes]
-    if names:
+    if stores_bias(p):
+        shape = (*_bias_tiles(p, c, q_blocks, kv_blocks), ROWS * c.bias_width)
+        outputs.append(jax.ShapeDtypeStruct(shape, p.operands.bias.dtype))
+    if names := key_sums(p):
         shape = (len(names), CONSUMERS if c.by_columns else 1, p.B, p.N, keys)
         outputs.append(jax.ShapeDtypeStruct(shape, jnp.float32))
     return outputs
+
+
+def _bias_tiles(
+    p: spec.Problem, c: BackwardConfig, q_blocks: int, kv_blocks: int
+) -> tuple[int, ...]:
+    """How many tiles of a bias's gradient there are."""
+    of_rows = q_blocks * c.block_q // c.bias_width
+    return (*p.operands.bias.shape[:2], kv_blocks * c.key_groups, of_rows)
 
 
 def _units(x: spec.Operands, delta: jax.Array, dout: jax.Array, dropout_rate: float) -> jax.Array:
@@ -192,13 +213,20 @@ def _dslopes(of_keys: Any) -> jax.Array | None:
     return None if of_keys is None else jnp.sum(of_keys, (0, 2))
 
 
-def _dbias(problem: spec.Problem, sums: mosaic.Sums | None, of_keys: Any) -> jax.Array | None:
-    """The gradient of a bias from sums of tiles of dS^T, or of keys over all rows."""
-    if sums is not None:
-        dbias = sums.total().transpose(0, 1, 3, 5, 2, 4)
+def _dbias(
+    problem: spec.Problem, of_tiles: jax.Array | None, of_keys: Any
+) -> jax.Array | None:
+    """The gradient of a bias from tiles of dS^T, or from sums over all rows, by key."""
+    if of_tiles is not None:
+        dbias = of_tiles.transpose(0, 1, 3, 5, 2, 4)
         batch, heads, row_tiles, width, key_tiles, _ = dbias.shape
         dbias = dbias.reshape(batch, heads, row_tiles * width, key_tiles * ROWS)
-        return dbias[:, :, : problem.T, : problem.S]
+        dbias = dbias[:, :, : problem.T, : problem.S]
+        if not stores_bias(problem) or problem.band.is_unbounded:
+            return dbias
+        assert problem.static_band is not None
+        row, key = jnp.arange(problem.T)[:, None], jnp.arange(problem.S)
+        return jnp.where(problem.static_band.allowed(row, key), dbias, 0)  # not stored elsewhere
     if of_keys is None:
         return None
     shape = problem.operands.bias.shape
@@ -214,10 +242,14 @@ def _by_tile(c: BackwardConfig, q_blocks: int, x: jax.Array, fill: Any) -> jax.A
     return x.reshape(*x.shape[:2], q_blocks, c.block_q)
 
 
-def _heads_at_once(p: spec.Problem) -> int:
-    """Of how many heads of the keys the tiles are worked on together."""
+def _heads_at_once(p: spec.Problem, blocks: int, kv_blocks: int) -> int:
+    """Of how many heads of the keys the tiles are worked on together.
+
+    Not of fewer than have tiles enough for all blocks: heads that are worked on at the same time
+    anyway had better begin with the tiles that have most to do.
+    """
     of_head = p.T * p.G * (p.H * (p.dtype.itemsize + 4) + p.Hv * p.dtype.itemsize)
-    return largest_divisor(p.B * p.K, max(1, gpu.L2_BYTES // of_head))
+    return largest_divisor(p.B * p.K, max(pl.cdiv(blocks, kv_blocks), gpu.L2_BYTES // of_head))
 
 
 def supports_backward(problem: spec.Problem) -> str | None:

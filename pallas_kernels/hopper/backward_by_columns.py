@@ -9,7 +9,7 @@ more registers and runs while P and dS are computed; dQ and dK follow once both 
 theirs. dO is thus kept for one visit longer than Q.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -34,13 +34,6 @@ from pallas_kernels.hopper.backward_visit import (
 from pallas_kernels.hopper.config import ROWS
 
 
-class Last(NamedTuple):
-    """A visit whose P^T dO is yet to be computed."""
-
-    stage: Any  # of dO
-    slot: Any  # of P
-
-
 def begin(c: Consumer, work: KeyWork, step: Any) -> Carry:
     """The first visit of a tile of keys."""
     k = c.k
@@ -49,6 +42,7 @@ def begin(c: Consumer, work: KeyWork, step: Any) -> Carry:
         mosaic.full((ROWS, form.columns // CONSUMERS), 0, jnp.float32)
         for form in (k.forms.k, k.forms.v)
     )
+    mosaic.barrier_wait(k.refs.v_full)
     s, dp = start_tile(c, here)
     s, dp = mosaic.settle(s, in_flight=1), mosaic.settle(dp)
     weights, ds, sums = differentiate(c, here, s, dp, nothing_summed(k))
@@ -58,20 +52,21 @@ def begin(c: Consumer, work: KeyWork, step: Any) -> Carry:
 def visit(c: Consumer, work: KeyWork, here: Here, masked: bool, carry: Carry) -> Carry:
     """A visit, with what it takes to complete dV of the one before."""
     s, dp = start_tile(c, here)
-    dv = start_dv(c, carry)
+    dv = start_dv(c, here.step - 1, carry)
     s, dp = mosaic.settle(s, in_flight=2), mosaic.settle(dp, in_flight=1)
     weights, ds, sums = differentiate(c, here, s, dp, carry.sums)
     dv = mosaic.settle(dv)
-    mosaic.barrier_arrive(c.k.refs.do_free.at[carry.last.stage])
+    mosaic.barrier_arrive(c.k.refs.do_free.at[c.stage(here.step - 1)])
     return multiply(c, work, here, weights, ds, Carry(carry.dk, dv, sums, None))
 
 
-def finish(c: Consumer, work: KeyWork, carry: Carry) -> None:
+def finish(c: Consumer, work: KeyWork, step: Any, carry: Carry) -> None:
     """Completes dV of a tile of keys; stores dK and dV."""
     k, r = c.k, c.k.refs
-    mosaic.barrier_arrive(r.kv_free)
-    dv = mosaic.settle(start_dv(c, carry))
-    mosaic.barrier_arrive(r.do_free.at[carry.last.stage])
+    mosaic.barrier_arrive(r.k_free.at[c.place])
+    mosaic.barrier_arrive(r.v_free)
+    dv = mosaic.settle(start_dv(c, step, carry))
+    mosaic.barrier_arrive(r.do_free.at[c.stage(step)])
     store(c, work, dv, r.dv_gmem)
     store(c, work, carry.dk * k.problem.scale, r.dk_gmem)
 
@@ -84,7 +79,7 @@ def start_tile(c: Consumer, here: Here) -> tuple[jax.Array, jax.Array]:
     r = c.k.refs
     mosaic.barrier_wait(r.q_full.at[here.stage])
     rows = pl.ds(here.first, c.k.config.rows)
-    s = mosaic.start(r.k_smem.at(c.group), r.q_smem.at(here.stage).rows(rows), transpose_b=True)
+    s = mosaic.start(c.keys(c.group), r.q_smem.at(here.stage).rows(rows), transpose_b=True)
     mosaic.barrier_wait(r.do_full.at[here.stage])
     dp = mosaic.start(r.v_smem.at(c.group), r.do_smem.at(here.stage).rows(rows), transpose_b=True)
     return s, dp
@@ -116,20 +111,20 @@ def multiply(
     )
     show(c, here.slot, (p_view.at(c.me), p), (ds_view.at(c.me), ds))
     mosaic.barrier_wait(r.ds_full.at[here.slot])
-    dq = mosaic.start(ds_view.tiled, columns(c, r.k_smem.at(c.group)), transpose_a=True)
+    dq = mosaic.start(ds_view.tiled, columns(c, c.keys(c.group)), transpose_a=True)
     dk = mosaic.start(ds_view.tiled, columns(c, r.q_smem.at(here.stage)), carry.dk)
     units = units_of_rows(c, work, here.of_rows.head, here.row0)
     add_share(c, work, here, units, mosaic.settle(dq, in_flight=1))
     dk = mosaic.settle(dk)
     mosaic.barrier_arrive(r.free.at[here.stage])
-    return carry._replace(dk=dk, last=Last(here.stage, here.slot))
+    return carry._replace(dk=dk)
 
 
-def start_dv(c: Consumer, carry: Carry) -> jax.Array:
-    """Starts dV += P^T dO of the last visit."""
-    r, last = c.k.refs, carry.last
-    (p,) = r.p_smem.at(last.slot, c.group).views
-    return mosaic.start(p.tiled, columns(c, r.do_smem.at(last.stage)), carry.dv)
+def start_dv(c: Consumer, step: Any, carry: Carry) -> jax.Array:
+    """Starts dV += P^T dO of a visit."""
+    r = c.k.refs
+    (p,) = r.p_smem.at(c.slot(step), c.group).views
+    return mosaic.start(p.tiled, columns(c, r.do_smem.at(c.stage(step))), carry.dv)
 
 
 def columns(c: Consumer, matrix: mosaic.Matrix) -> mosaic.Ref:

@@ -36,11 +36,10 @@ from pallas_kernels.hopper.config import ROWS
 
 
 class Last(NamedTuple):
-    """A visit whose dQ is yet to be computed, of dS in shared memory."""
+    """Where dQ goes that is yet to be computed, of dS in shared memory."""
 
     head: Any
     row0: Any
-    slot: Any
 
 
 def begin(c: Consumer, work: KeyWork, step: Any) -> Carry:
@@ -50,21 +49,22 @@ def begin(c: Consumer, work: KeyWork, step: Any) -> Carry:
     dk, dv = (mosaic.full((ROWS, form.columns), 0, jnp.float32) for form in (k.forms.k, k.forms.v))
     mosaic.barrier_wait(k.refs.q_full.at[here.stage])
     weights = probabilities(c, here, mosaic.settle(start_scores(c, here.stage)))
+    mosaic.barrier_wait(k.refs.v_full)
     return differentiate(c, here, weights, dk, dv, nothing_summed(k))
 
 
 def visit(c: Consumer, work: KeyWork, here: Here, masked: bool, carry: Carry) -> Carry:
     """A visit, with dQ of the one before."""
-    q_full = c.k.refs.q_full.at[here.stage]
+    q_full, before = c.k.refs.q_full.at[here.stage], c.slot(here.step - 1)
     if masked:  # one after the other, or registers run out
-        units = units_of_share(c, work, carry.last)
-        add_share(c, work, carry.last, units, mosaic.settle(start_dq(c, carry.last)))
+        dq = mosaic.settle(start_dq(c, before))
+        add_share(c, work, carry.last, units_of_share(c, work, carry.last), dq)
         mosaic.barrier_wait(q_full)
         weights = probabilities(c, here, mosaic.settle(start_scores(c, here.stage)))
     else:
         mosaic.barrier_wait(q_full)
         s = start_scores(c, here.stage)
-        dq = start_dq(c, carry.last)
+        dq = start_dq(c, before)
         units = units_of_share(c, work, carry.last)
         weights = probabilities(c, here, mosaic.settle(s, in_flight=CONSUMERS))
         weights = lax.optimization_barrier(weights)
@@ -97,15 +97,16 @@ def differentiate(
     (dk,) = mosaic.start_columns(ds, r.q_smem.at(here.stage), (dk,))
     dv, dk = mosaic.settle(dv, in_flight=1), mosaic.settle(dk)
     mosaic.barrier_arrive(r.free.at[here.stage])
-    return Carry(dk, dv, sums, Last(here.of_rows.head, here.row0, here.slot))
+    return Carry(dk, dv, sums, Last(here.of_rows.head, here.row0))
 
 
-def finish(c: Consumer, work: KeyWork, carry: Carry) -> None:
+def finish(c: Consumer, work: KeyWork, step: Any, carry: Carry) -> None:
     """The last dQ of a tile of keys; stores dK and dV."""
     k, r = c.k, c.k.refs
+    mosaic.barrier_arrive(r.v_free)
     units = units_of_share(c, work, carry.last)
-    dq = mosaic.settle(start_dq(c, carry.last))
-    mosaic.barrier_arrive(r.kv_free)
+    dq = mosaic.settle(start_dq(c, c.slot(step)))
+    mosaic.barrier_arrive(r.k_free.at[c.place])
     add_share(c, work, carry.last, units, dq)
     store(c, work, carry.dv, r.dv_gmem)
     store(c, work, carry.dk * k.problem.scale, r.dk_gmem)
@@ -116,8 +117,7 @@ BY_KEYS = Order(begin, visit, finish)
 
 def start_scores(c: Consumer, stage: Any) -> jax.Array:
     """Starts S^T = K Q^T."""
-    r = c.k.refs
-    return mosaic.start(r.k_smem.at(c.group), r.q_smem.at(stage), transpose_b=True)
+    return mosaic.start(c.keys(c.group), c.k.refs.q_smem.at(stage), transpose_b=True)
 
 
 def start_dp(c: Consumer, stage: Any) -> jax.Array:
@@ -131,15 +131,15 @@ def share(c: Consumer) -> tuple[Any, Any]:
     return (0, c.me) if c.k.config.block_q == ROWS else (c.me, 0)
 
 
-def start_dq(c: Consumer, last: Last) -> jax.Array:
+def start_dq(c: Consumer, slot: Any) -> jax.Array:
     """Starts this consumer's share of dQ = dS K of a visit: a product for each one's keys."""
     r = c.k.refs
     rows, columns = share(c)
-    mosaic.barrier_wait(r.ds_full.at[last.slot])
+    mosaic.barrier_wait(r.ds_full.at[slot])
     dq = None
     for i in range(CONSUMERS):
         group = lax.rem(c.group + i, CONSUMERS)
-        (ds,), (keys,) = r.ds_smem.at(last.slot, group).views, r.k_smem.at(group).views
+        (ds,), (keys,) = r.ds_smem.at(slot, group).views, c.keys(group).views
         dq = mosaic.start(ds.tiled.at[rows], keys.tiled.at[columns], dq, transpose_a=True)
     assert dq is not None
     return dq

@@ -4,6 +4,8 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from pallas_kernels import mosaic, spec
 from pallas_kernels.common.block_map import BlockMap
@@ -27,14 +29,15 @@ class BackwardConfig:
 
     block_q: int = 64
     stages: int = 2
+    key_stages: int = 1  # 2: the next tile's K comes before this tile is done
     by_columns: bool = False
 
     def __post_init__(self) -> None:
         choices = (ROWS,) if self.by_columns else (ROWS, 2 * ROWS)
         if self.block_q not in choices:
             raise ValueError(f"block_q must be one of {choices}; got {self.block_q}")
-        if self.stages < 2:
-            raise ValueError(f"needs stages >= 2; got {self.stages}")
+        if self.stages < 2 or self.key_stages not in (1, 2):
+            raise ValueError(f"needs stages >= 2 and 1 or 2 key_stages; got {self}")
 
     @property
     def key_groups(self) -> int:
@@ -71,12 +74,22 @@ class BackwardConfig:
         wide = max(problem.H, problem.Hv)
         if wide > _NARROW:
             return cls(by_columns=True)
-        return cls(block_q=ROWS if wide > ROWS else 2 * ROWS)
+        # Sums of integers leave no register for which K it is.
+        key_stages = 1 if problem.deterministic else 2
+        return cls(block_q=ROWS if wide > ROWS else 2 * ROWS, key_stages=key_stages)
 
 
 def sums_bias(problem: spec.Problem) -> bool:
     """Whether the gradient of the bias is a matrix over rows and keys."""
     return problem.differentiates("bias") and problem.operands.bias.shape[2] > 1
+
+
+def stores_bias(problem: spec.Problem) -> bool:
+    """Whether that gradient's tiles are visited once at the most, and the band tells which."""
+    p = problem
+    if not sums_bias(p) or p.masks_by_data:
+        return False
+    return p.operands.bias.shape[:2] == (p.B, p.N)
 
 
 def key_sums(problem: spec.Problem) -> tuple[str, ...]:
@@ -98,11 +111,12 @@ class Refs(NamedTuple):
     map: BlockMap | None
     units: mosaic.Ref | None  # [B, N, T in whole tiles] float32: per unit of a row of integer dQ
     dq_gmem: mosaic.Ref  # [slabs, B, T / 64, N, strips, 64 * width], of `mosaic.Sums`
-    dbias_gmem: mosaic.Ref | None  # [slabs, B|1, N|1, S / 64, T / n, 64 * n], n = bias_width
+    # [slabs, B|1, N|1, S / 64, T / n, 64 * n], n = bias_width; without slabs if stored
+    dbias_gmem: mosaic.Ref | None
     dk_gmem: mosaic.Ref  # [B, S, K, H]
     dv_gmem: mosaic.Ref  # [B, S, K, Hv]
     sums_gmem: mosaic.Ref | None  # [key sums, 2 if by_columns else 1, B, N, S] float32
-    k_smem: mosaic.Matrix  # [key_groups, 64, H]
+    k_smem: mosaic.Matrix  # [key_stages, key_groups, 64, H]
     v_smem: mosaic.Matrix  # [key_groups, 64, Hv]
     q_smem: mosaic.Matrix  # [stages, block_q, H]
     do_smem: mosaic.Matrix  # [stages, block_q, Hv]
@@ -110,15 +124,18 @@ class Refs(NamedTuple):
     p_smem: mosaic.Matrix  # likewise, if by_columns
     out_smem: mosaic.Matrix  # [consumers, 64, H or Hv]: dV, then dK; unless by_columns
     stats_smem: mosaic.Ref  # [stages, 2 * block_q] float32
-    tile_smem: mosaic.Ref  # [2] int32: which tile of keys comes next; a number taken
-    kv_full: mosaic.Ref
-    kv_free: mosaic.Ref
+    tile_smem: mosaic.Ref  # [key_stages + 1] int32: which tiles of keys come next; a number taken
+    k_full: mosaic.Ref  # [key_stages]
+    k_free: mosaic.Ref  # [key_stages]
+    v_full: mosaic.Ref  # [1]
+    v_free: mosaic.Ref  # [1]
     q_full: mosaic.Ref  # [stages]: Q and the statistics
     do_full: mosaic.Ref  # [stages]
     free: mosaic.Ref  # [stages]: of Q and the statistics, and of dO unless by_columns
     do_free: mosaic.Ref  # [stages]: of dO, if by_columns
     ds_full: mosaic.Ref  # [2]
-    kv_raw: mosaic.Ref  # K and V have arrived, with rows in them that are to be zeroed
+    k_raw: mosaic.Ref  # K has arrived, with rows in it that are to be zeroed
+    v_raw: mosaic.Ref  # likewise V
     q_raw: mosaic.Ref  # likewise Q and dO
 
 
@@ -148,11 +165,16 @@ class BackwardForms(NamedTuple):
             ds=mosaic.Form.in_strips(ROWS, c.block_q, c.width, c.block_q // c.width),
         )
 
+    def of_tile(self, c: BackwardConfig) -> tuple[int, int]:
+        """How many copies it takes to have K, and V, of a tile of keys."""
+        return c.key_groups * self.k.copies, c.key_groups * self.v.copies
+
     def scratch(self, c: BackwardConfig, dtype: Any) -> dict[str, Any]:
         """Shared memory and barriers, by their names in `Refs`; matrices are lists."""
-        of_keys, of_q, of_do = self.k.copies + self.v.copies, self.q.copies, self.do.copies
+        of_q, of_do = self.q.copies, self.do.copies
+        of_k, of_v = self.of_tile(c)
         return {
-            "k_smem": self.k.smem(c.key_groups, dtype=dtype),
+            "k_smem": self.k.smem(c.key_stages, c.key_groups, dtype=dtype),
             "v_smem": self.v.smem(c.key_groups, dtype=dtype),
             "q_smem": self.q.smem(c.stages, dtype=dtype),
             "do_smem": self.do.smem(c.stages, dtype=dtype),
@@ -163,15 +185,18 @@ class BackwardForms(NamedTuple):
                 else {"out_smem": self.k.smem(CONSUMERS, dtype=dtype)}
             ),
             "stats_smem": mosaic.SMEM((c.stages, 2 * c.block_q), jnp.float32),
-            "tile_smem": mosaic.SMEM((2,), jnp.int32),
-            "kv_full": mosaic.Barrier(num_arrivals=c.key_groups * of_keys + 1),
-            "kv_free": mosaic.Barrier(num_arrivals=CONSUMERS),
+            "tile_smem": mosaic.SMEM((c.key_stages + 1,), jnp.int32),
+            "k_full": mosaic.Barrier(num_barriers=c.key_stages, num_arrivals=of_k + 1),
+            "k_free": mosaic.Barrier(num_barriers=c.key_stages, num_arrivals=CONSUMERS),
+            "v_full": mosaic.Barrier(num_arrivals=of_v),
+            "v_free": mosaic.Barrier(num_arrivals=CONSUMERS),
             "q_full": mosaic.Barrier(num_barriers=c.stages, num_arrivals=of_q + 1),
             "do_full": mosaic.Barrier(num_barriers=c.stages, num_arrivals=of_do),
             "free": mosaic.Barrier(num_barriers=c.stages, num_arrivals=CONSUMERS),
             "do_free": mosaic.Barrier(num_barriers=c.stages, num_arrivals=CONSUMERS),
             "ds_full": mosaic.Barrier(num_barriers=2, num_arrivals=CONSUMERS),
-            "kv_raw": mosaic.Barrier(num_arrivals=c.key_groups * of_keys),
+            "k_raw": mosaic.Barrier(num_arrivals=of_k),
+            "v_raw": mosaic.Barrier(num_arrivals=of_v),
             "q_raw": mosaic.Barrier(num_arrivals=of_q + of_do),
         }
 
@@ -179,8 +204,10 @@ class BackwardForms(NamedTuple):
         """From what a kernel is given; ``rest`` are sums, outputs and scratch."""
         given = iter(rest)
         found: dict[str, Any] = {"dq_gmem": next(given)}
-        found["dbias_gmem"] = next(given) if sums_bias(p) else None
+        stored = stores_bias(p)
+        found["dbias_gmem"] = next(given) if sums_bias(p) and not stored else None
         found.update(dk_gmem=next(given), dv_gmem=next(given))
+        found["dbias_gmem"] = next(given) if stored else found["dbias_gmem"]
         found["sums_gmem"] = next(given) if key_sums(p) else None
         found.update(p_smem=None, out_smem=None)
         for name, kind in self.scratch(c, p.dtype).items():
@@ -220,12 +247,39 @@ class Backward(Kernel):
             heads = tiles.heads_of(found.count, self.of_group(work, member))
             return found.walk((*heads, work.kv_block))
         first = work.kv_block * c.block_kv
-        rows = tiles.row_count(p, x, work.batch)
+        stop = first + c.block_kv
+        # Rows beyond the last are zero and have an infinite lse, hence P = 0: they need no mask.
+        rows: Any = p.T + -p.T % c.block_q
+        if x.query_lengths is not None:
+            rows = tiles.row_count(p, x, work.batch)
+        band = tiles.band_of(p, x, work.batch).transpose()
+        if not self.ends_within_tiles:
+            return of_band(band, (first, stop), rows, c.block_q)
         keys = tiles.key_count(p, x, work.batch)
         if x.key_value_lengths is not None:
             rows = jnp.where(first < keys, rows, 0)
-        stop = jnp.minimum(first + c.block_kv, jnp.maximum(keys, first + 1))
-        band = tiles.band_of(p, x, work.batch).transpose()
-        walk = of_band(band, (first, stop), rows, c.block_q)
+        there = jnp.minimum(stop, jnp.maximum(keys, first + 1))
+        walk = of_band(band, (first, there), rows, c.block_q)
         # Where keys end within the tile, each visit needs a mask.
-        return walk._replace(masked=jnp.where(first + c.block_kv > keys, walk.count, walk.masked))
+        return walk._replace(masked=jnp.where(stop > keys, walk.count, walk.masked))
+
+    @property
+    def at_once(self) -> int:
+        """Of how many heads of a group the same tile of queries is visited before the next tile is.
+
+        Of all, so that other tiles of keys, which come to it at about the same time, find Q and dO
+        in the L2 cache; of one where heads see different keys, or something is summed of each.
+        """
+        differ = self.refs.map is not None and self.refs.map.count.shape[1] > 1
+        return 1 if differ or key_sums(self.problem) else self.problem.G
+
+    def visit(self, part: Any, number: Any) -> tuple[Any, Any]:
+        """Which head of the group a visit is to, and its number for that head.
+
+        A part are ``at_once`` heads of the group.
+        """
+        if self.at_once == 1:
+            return part, number
+        number, size = lax.convert_element_type(number, jnp.uint32), np.uint32(self.at_once)
+        of_tile, member = lax.div(number, size), lax.rem(number, size)
+        return part * self.at_once + member.astype(jnp.int32), of_tile.astype(jnp.int32)

@@ -1,7 +1,8 @@
 """The producer of the backward: copies tiles into shared memory, and says which comes next."""
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -16,71 +17,106 @@ from pallas_kernels.hopper.producer import Hidden, arrive, drain, each_tile, zer
 
 def produce(k: Backward) -> None:
     """Copies K, V, and Q, dO and the statistics of each visit, for each tile of this block."""
-    r = k.refs
+    r, stages = k.refs, k.config.key_stages
+    of_k, of_v = k.forms.of_tile(k.config)
 
     def load(round_: Any, step: Any, tile: Any) -> Any:
         work = k.work(tile)
-        announce(k, round_, tile)
-        produce_keys(k, work)
+        place = announce(k, round_, tile)
+        keys = Keys.of(k, work)
+        keys.produce(r.x.key, r.k_smem.at(place), r.k_raw, r.k_full.at[place], of_k)
 
-        def of_member(member: Any, count: Any) -> Any:
-            return count + produce_rows(k, work, member, step + count)
+        def produce_values() -> None:
+            pl.when(round_ > 0)(lambda: mosaic.barrier_wait(r.v_free))
+            keys.produce(r.x.value, r.v_smem, r.v_raw, r.v_full, of_v)
 
-        return lax.fori_loop(0, k.problem.G, of_member, jnp.int32(0))
+        def of_part(part: Any, count: Any) -> Any:
+            return count + produce_rows(k, work, part, step, count, produce_values)
 
-    rounds, steps, tile = each_tile(k, r.tile_smem.at[pl.ds(1, 1)], load)
-    announce(k, rounds, tile)  # that there is none left
-    arrive(r.kv_full, k.config.key_groups * (k.forms.k.copies + k.forms.v.copies))
-    mosaic.barrier_wait(r.kv_free)
+        return lax.fori_loop(0, k.problem.G // k.at_once, of_part, jnp.int32(0))
+
+    rounds, steps, tile = each_tile(k, r.tile_smem.at[pl.ds(stages, 1)], load)
+    place = announce(k, rounds, tile)  # that there is none left
+    arrive(r.k_full.at[place], of_k)
+    drain(rounds + 1, stages, r.k_free)
+    mosaic.barrier_wait(r.v_free)
     drain(steps, k.config.stages, r.free, *((r.do_free,) if k.config.by_columns else ()))
 
 
-def announce(k: Backward, round_: Any, tile: Any) -> None:
-    """Tells the consumers which tile comes next."""
-    r = k.refs
-    pl.when(round_ > 0)(lambda: mosaic.barrier_wait(r.kv_free))
-    r.tile_smem[0] = tile
+def announce(k: Backward, round_: Any, tile: Any) -> Any:
+    """Tells the consumers which tile comes next; returns the place of its K."""
+    r, place = k.refs, lax.rem(round_, k.config.key_stages)
+    pl.when(round_ >= k.config.key_stages)(lambda: mosaic.barrier_wait(r.k_free.at[place]))
+    r.tile_smem[place] = tile
     mosaic.commit_smem()
-    mosaic.barrier_arrive(r.kv_full)
+    mosaic.barrier_arrive(r.k_full.at[place])
+    return place
 
 
-def produce_keys(k: Backward, work: KeyWork) -> None:
-    """Copies K and V, and zeroes the rows of keys that nobody sees."""
+class Keys(NamedTuple):
+    """A tile of keys whose K and V are to be copied, with rows zeroed that nobody sees."""
+
+    k: Backward
+    work: KeyWork
+    hidden: Hidden | None
+
+    @classmethod
+    def of(cls, k: Backward, work: KeyWork) -> "Keys":
+        hides = k.walk(work, 0).hides
+        by_data = hides and functools.partial(hides, 0)
+        return cls(k, work, Hidden.of(k, work, work.kv_block, by_data) if k.hides_keys else None)
+
+    def produce(
+        self,
+        gmem: mosaic.Ref,  # [B, S, K, columns]
+        smem: mosaic.Matrix,  # [key_groups, 64, columns]
+        raw: mosaic.Ref,
+        full: mosaic.Ref,
+        copies: int,
+    ) -> None:
+        """Copies K, or V, and tells `full`."""
+        c, work, hidden = self.k.config, self.work, self.hidden
+
+        def copy_to(barrier: mosaic.Ref) -> None:
+            for i in range(c.key_groups):
+                keys = pl.ds(work.kv_block * c.block_kv + i * ROWS, ROWS)
+                mosaic.copy_in(gmem.at[work.batch, keys, work.head], smem.at(i), barrier)
+
+        if hidden is None:
+            copy_to(full)
+            return
+        pl.when(~hidden.some)(lambda: copy_to(full))
+
+        @pl.when(hidden.some)
+        def _() -> None:
+            copy_to(raw)
+            mosaic.barrier_wait(raw)
+            for i in range(c.key_groups):
+                zero_hidden(smem.at(i), 0, functools.partial(hidden.others, i * ROWS))
+            mosaic.commit_smem()
+            arrive(full, copies)
+
+
+def produce_rows(
+    k: Backward,
+    work: KeyWork,
+    part: Any,  # of the group of heads
+    step: Any,  # of the first visit of this tile of keys
+    before: Any,  # how many visits it has had
+    produce_values: Callable[[], None],
+) -> Any:
+    """Copies Q, dO and the statistics of each visit to some heads; returns how many there are.
+
+    V comes with the first dO: until then the place is used by the tile before.
+    """
     c, r = k.config, k.refs
-    hides = k.walk(work, 0).hides
-    by_data = hides and functools.partial(hides, 0)
-    hidden = Hidden.of(k, work, work.kv_block, by_data) if k.hides_keys else None
-
-    def copy_to(barrier: mosaic.Ref) -> None:
-        for i in range(c.key_groups):
-            keys = pl.ds(work.kv_block * c.block_kv + i * ROWS, ROWS)
-            k_gmem, v_gmem = (x.at[work.batch, keys, work.head] for x in (r.x.key, r.x.value))
-            mosaic.copy_in(k_gmem, r.k_smem.at(i), barrier)
-            mosaic.copy_in(v_gmem, r.v_smem.at(i), barrier)
-
-    if hidden is None:
-        copy_to(r.kv_full)
-        return
-    pl.when(~hidden.some)(lambda: copy_to(r.kv_full))
-
-    @pl.when(hidden.some)
-    def _() -> None:
-        copy_to(r.kv_raw)
-        mosaic.barrier_wait(r.kv_raw)
-        for i in range(c.key_groups):
-            for matrix in (r.k_smem.at(i), r.v_smem.at(i)):
-                zero_hidden(matrix, 0, functools.partial(hidden.others, i * ROWS))
-        mosaic.commit_smem()
-        arrive(r.kv_full, k.config.key_groups * (k.forms.k.copies + k.forms.v.copies))
-
-
-def produce_rows(k: Backward, work: KeyWork, member: Any, step: Any) -> Any:
-    """Copies Q, dO and the statistics of each visit to a head; returns how many there are."""
-    c, r = k.config, k.refs
-    walk, head = k.walk(work, member), k.of_group(work, member).head
+    step += before
+    walk = k.walk(work, part * k.at_once)
 
     def visit(j: Any, _: None) -> None:
-        stage, q_block = lax.rem(step + j, c.stages), walk.tile(j)
+        member, number = k.visit(part, j)
+        stage, q_block = lax.rem(step + j, c.stages), walk.tile(number)
+        head = k.of_group(work, member).head
         rows = pl.ds(q_block * c.block_q, c.block_q)
         q_gmem, do_gmem = (x.at[work.batch, rows, head] for x in (r.x.query, r.dout))
         stats_gmem = r.stats.at[work.batch, head, q_block]
@@ -91,6 +127,7 @@ def produce_rows(k: Backward, work: KeyWork, member: Any, step: Any) -> Any:
 
         def copy(q_barrier: mosaic.Ref, do_barrier: mosaic.Ref) -> None:
             mosaic.copy_in(q_gmem, r.q_smem.at(stage), q_barrier)
+            pl.when(before + j == 0)(produce_values)
             if c.by_columns:
                 pl.when(again)(lambda: mosaic.barrier_wait(r.do_free.at[stage]))
             mosaic.copy_in(do_gmem, r.do_smem.at(stage), do_barrier)
@@ -112,8 +149,9 @@ def produce_rows(k: Backward, work: KeyWork, member: Any, step: Any) -> Any:
             arrive(r.q_full.at[stage], k.forms.q.copies)
             arrive(r.do_full.at[stage], k.forms.do.copies)
 
-    lax.fori_loop(0, walk.count, visit, None)
-    return walk.count
+    count = walk.count * k.at_once
+    lax.fori_loop(0, count, visit, None)
+    return count
 
 
 def _is_finite(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:

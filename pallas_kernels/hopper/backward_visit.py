@@ -14,7 +14,13 @@ from jax import lax
 from pallas_kernels import mosaic
 from pallas_kernels.common.schedule import Work
 from pallas_kernels.hopper import tile as tiles
-from pallas_kernels.hopper.backward_kernel import CONSUMERS, Backward, KeyWork, key_sums
+from pallas_kernels.hopper.backward_kernel import (
+    CONSUMERS,
+    Backward,
+    KeyWork,
+    key_sums,
+    stores_bias,
+)
 from pallas_kernels.hopper.config import ROWS
 from pallas_kernels.hopper.kernel import LOG2_E
 from pallas_kernels.hopper.softmax import Visit
@@ -25,6 +31,7 @@ class Consumer(NamedTuple):
 
     k: Backward
     me: Any  # which one
+    place: Any = 0  # of K
 
     def here(self, work: KeyWork, member: Any, number: Any, masked: bool, step: Any) -> "Here":
         """A visit to a head, by its number."""
@@ -33,7 +40,15 @@ class Consumer(NamedTuple):
         first = self.me * c.rows if c.by_columns else 0
         span = tiles.Span(row0 + first, self.key0(work), (ROWS, c.rows), turned=True)
         visit = Visit.of(self.k, of_rows, lambda: span, masked)
-        return Here(visit, of_rows, span, row0, first, lax.rem(step, c.stages), lax.rem(step, 2))
+        return Here(visit, of_rows, span, row0, first, step, self.stage(step), self.slot(step))
+
+    def stage(self, step: Any) -> Any:
+        """Where Q and dO of a visit are."""
+        return lax.rem(step, self.k.config.stages)
+
+    def slot(self, step: Any) -> Any:
+        """Where dS of a visit goes."""
+        return lax.rem(step, 2)
 
     @property
     def group(self) -> Any:
@@ -44,13 +59,17 @@ class Consumer(NamedTuple):
         """
         return lax.div(self.me, CONSUMERS // self.k.config.key_groups)
 
+    def keys(self, group: Any) -> mosaic.Matrix:
+        """K of 64 keys of the tile."""
+        return self.k.refs.k_smem.at(self.place, group)
+
     def key0(self, work: KeyWork) -> Any:
         """The first of those keys."""
         return work.kv_block * self.k.config.block_kv + self.group * ROWS
 
     def fresh(self) -> "Consumer":
         """The same, of which the compiler computes nothing beforehand, to hold it in registers."""
-        return self._replace(me=mosaic.uniform(self.me))
+        return self._replace(me=mosaic.uniform(self.me), place=mosaic.uniform(self.place))
 
 
 class Here(NamedTuple):
@@ -61,8 +80,9 @@ class Here(NamedTuple):
     span: tiles.Span  # of this consumer's logits
     row0: Any  # of the tile of queries
     first: Any  # row of it that is this consumer's
-    stage: Any  # of Q and dO
-    slot: Any  # of dS
+    step: Any  # how many visits came before, to this and to other tiles of keys
+    stage: Any
+    slot: Any
 
 
 class Weights(NamedTuple):
@@ -78,7 +98,7 @@ class Carry(NamedTuple):
     dk: jax.Array  # [64, columns] float32
     dv: jax.Array  # [64, columns] float32
     sums: tuple[jax.Array, ...]  # for each of `key_sums`: [64] float32, of a head
-    last: Any  # where the operands of that product are, and where it goes
+    last: Any  # where that product goes, if the next visit does not tell
 
 
 class Order(NamedTuple):
@@ -86,25 +106,26 @@ class Order(NamedTuple):
 
     begin: Callable[[Consumer, KeyWork, Any], Carry]
     visit: Callable[[Consumer, KeyWork, Here, bool, Carry], Carry]
-    finish: Callable[[Consumer, KeyWork, Carry], None]
+    finish: Callable[[Consumer, KeyWork, Any, Carry], None]
 
 
 def consume(k: Backward, order: Order) -> None:
     """Computes this consumer's part of dK and dV of each tile of this block, and of dQ."""
-    c = Consumer(k, lax.axis_index("warpgroup"))
+    r, me = k.refs, lax.axis_index("warpgroup")
 
-    def next_tile() -> Any:
-        mosaic.barrier_wait(k.refs.kv_full)
-        return mosaic.uniform(k.refs.tile_smem[0])
+    def next_tile(place: Any) -> tuple[Any, Any]:
+        mosaic.barrier_wait(r.k_full.at[place])
+        return place, mosaic.uniform(r.tile_smem[place])
 
-    def of_tile(state: tuple[Any, Any]) -> tuple[Any, Any]:
-        tile, step = state
-        step = attend(c, order, k.work(tile), step)
-        return next_tile(), step
+    def of_tile(state: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        place, tile, step = state
+        step = attend(Consumer(k, me, place), order, k.work(tile), step)
+        return *next_tile(lax.rem(place + 1, k.config.key_stages)), step
 
-    state = (next_tile(), jnp.int32(0))
-    lax.while_loop(lambda state: state[0] < k.schedule.tiles, of_tile, state)
-    mosaic.barrier_arrive(k.refs.kv_free)
+    zero = jnp.int32(0)
+    state = (*next_tile(zero), zero)
+    place, *_ = lax.while_loop(lambda state: state[1] < k.schedule.tiles, of_tile, state)
+    mosaic.barrier_arrive(r.k_free.at[place])
     mosaic.wait_smem_to_gmem(0)
 
 
@@ -112,34 +133,34 @@ def attend(c: Consumer, order: Order, work: KeyWork, step: Any) -> Any:
     """All visits of a tile of keys; returns the number of the next visit."""
     k = c.k
 
-    def of_member(member: Any, state: tuple[Any, Carry]) -> tuple[Any, Carry]:
+    parts = k.problem.G // k.at_once
+
+    def of_part(part: Any, state: tuple[Any, Carry]) -> tuple[Any, Carry]:
         step, carry = state
-        walk = k.walk(work, member)
+        walk = k.walk(work, part * k.at_once)
         # The very first visit has been begun with.
-        first: Any = 1 if k.problem.G == 1 else jnp.where(member > 0, 0, 1)
+        first: Any = 1 if parts == 1 else jnp.where(part > 0, 0, 1)
 
         def visits(masked: bool) -> Any:
-            def one(j: Any, carry: Carry) -> Carry:
+            def one(number: Any, carry: Carry) -> Carry:
                 fresh = c.fresh()
-                here = fresh.here(work, member, j, masked, step + j)
+                here = fresh.here(work, *k.visit(part, number), masked, step + number)
                 return order.visit(fresh, work, here, masked, carry)
 
             return one
 
         if k.masks:
-            masked = jnp.maximum(walk.masked, first)
+            masked = jnp.maximum(walk.masked * k.at_once, first)
             carry = lax.fori_loop(first, masked, visits(masked=True), carry)
             first = masked
-        carry = lax.fori_loop(first, walk.count, visits(masked=False), carry)
-        return step + mosaic.opaque(walk.count), finish_head(c.fresh(), work, member, carry)
+        count = walk.count * k.at_once
+        carry = lax.fori_loop(first, count, visits(masked=False), carry)
+        return step + mosaic.opaque(count), finish_head(c.fresh(), work, part, carry)
 
     state = (step, order.begin(c.fresh(), work, step))
-    if k.problem.G == 1:
-        state = of_member(0, state)
-    else:
-        state = lax.fori_loop(0, k.problem.G, of_member, state)
+    state = of_part(0, state) if parts == 1 else lax.fori_loop(0, parts, of_part, state)
     step, carry = state
-    order.finish(c.fresh(), work, carry)
+    order.finish(c.fresh(), work, step - 1, carry)
     return step
 
 
@@ -189,16 +210,21 @@ def sum_up(
 
 
 def add_bias(c: Consumer, here: Here, ds: jax.Array) -> None:
-    """Adds dS^T to the gradient of a bias that has rows and keys."""
-    sums = c.k.refs.dbias_gmem
-    assert sums is not None
-    batch, head = tiles.heads_of(sums.at[0], here.of_rows)
-    number = here.of_rows.batch * c.k.problem.N + here.of_rows.head
-    slab = number if mosaic.is_interpreting() else 0
+    """Adds dS^T to the gradient of a bias that has rows and keys, or stores it there."""
+    found = c.k.refs.dbias_gmem
+    assert found is not None
     key_tile, width = lax.div(here.span.key0, ROWS), c.k.config.bias_width
     for start in range(0, c.k.config.rows, width):
+        part = ds[:, start : start + width]
         row_tile = lax.div(here.span.row0 + start, width)
-        mosaic.add(sums.at[slab, batch, head, key_tile, row_tile], ds[:, start : start + width])
+        if stores_bias(c.k.problem):
+            at = (here.of_rows.batch, here.of_rows.head, key_tile, row_tile)
+            mosaic.put(found.at[at], part.astype(found.dtype))
+        else:
+            number = here.of_rows.batch * c.k.problem.N + here.of_rows.head
+            slab = number if mosaic.is_interpreting() else 0
+            heads = tiles.heads_of(found.at[0], here.of_rows)
+            mosaic.add(found.at[slab, *heads, key_tile, row_tile], part)
 
 
 def nothing_summed(k: Backward) -> tuple[jax.Array, ...]:

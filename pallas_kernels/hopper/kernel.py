@@ -111,6 +111,18 @@ class Kernel:
         return by_band or p.S % self.config.block_kv != 0
 
     @property
+    def ends_within_tiles(self) -> bool:
+        """Whether keys that do not exist, or that lengths exclude, are in tiles that are visited.
+
+        Not where the band hides them from all rows.
+        """
+        p = self.problem
+        if p.operands.key_value_lengths is not None:
+            return True
+        band, beyond = p.static_band or spec.Band(), p.S + -p.S % self.config.block_kv
+        return band.any_keys(0, p.T, beyond)[1] > p.S
+
+    @property
     def modifies(self) -> bool:
         return modifies(self.problem)
 

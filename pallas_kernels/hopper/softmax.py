@@ -61,7 +61,8 @@ class Visit(NamedTuple):
         span = find()
         # Opaque, so that what depends on it is not computed before the loop, to be held there.
         span = span._replace(row0=mosaic.opaque(span.row0), key0=mosaic.opaque(span.key0))
-        return cls(k, masked, span, tiles.tile_of(k.problem, k.refs.x, work, span, masked))
+        tile = tiles.tile_of(k.problem, k.refs.x, work, span, masked, k.ends_within_tiles)
+        return cls(k, masked, span, tile)
 
     def softmax(self, stats: Stats, s: jax.Array) -> tuple[Stats, jax.Array, jax.Array]:
         """Takes scores into the statistics; returns the decay of what came before, and P."""

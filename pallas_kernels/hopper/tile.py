@@ -103,8 +103,9 @@ def tile_of(
     work: Work,
     span: Span,
     masked: bool,
+    keys_end: bool,
 ) -> spec.Tile:
-    """The tile of one head over a span.
+    """The tile of one head over a span; ``keys_end`` tells whether some keys of it may not exist.
 
     Query lengths are left out: rows beyond them are set right when the tile is done.
     """
@@ -113,7 +114,6 @@ def tile_of(
     offset = problem.query_offset if x.query_offset is None else x.query_offset[batch]
     segments = masked and x.query_segment_ids is not None
     slopes = x.alibi_slopes
-    tail = x.key_value_lengths is not None or _sees_beyond(problem, span.keys[1])
     row_ids = x.query_segment_ids.at[batch, pl.ds(*span.rows)] if segments else None
     key_ids = x.key_value_segment_ids.at[batch, pl.ds(*span.keys)] if segments else None
     return spec.Tile(
@@ -123,7 +123,7 @@ def tile_of(
         key=span.key0 + mosaic.iota(span.shape, 0 if span.turned else 1),
         position=row + offset,
         mask=_window(x.mask, work, span) != 0 if masked and x.mask is not None else None,
-        key_value_length=key_count(problem, x, batch) if masked and tail else None,
+        key_value_length=key_count(problem, x, batch) if masked and keys_end else None,
         query_segment=span.load(row_ids, by_row=True) if segments else None,
         key_value_segment=span.load(key_ids, by_row=False) if segments else None,
         mask_consts=x.mask_consts,
@@ -133,12 +133,6 @@ def tile_of(
             consts=x.score_consts,
         ),
     )
-
-
-def _sees_beyond(problem: spec.Problem, block_kv: int) -> bool:
-    """Whether the last tile of keys reaches past the last key, and the band does not hide that."""
-    band, beyond = problem.static_band or spec.Band(), problem.S + -problem.S % block_kv
-    return band.any_keys(0, problem.T, beyond)[1] > problem.S
 
 
 def key_count(problem: spec.Problem, x: spec.Operands, batch: Any) -> Any:

@@ -31,7 +31,7 @@ from pallas_kernels.mosaic.launch import compiler_params, kernel
 from pallas_kernels.mosaic.matmul import matmul, settle, start, start_columns
 from pallas_kernels.mosaic.matrix import Form, Matrix, View, copied_columns, copy_in, copy_out
 from pallas_kernels.mosaic.memory import Ref, layout_cast, load, store, tiled_smem
-from pallas_kernels.mosaic.sums import Sums, add
+from pallas_kernels.mosaic.sums import Sums, add, matrices, put
 from pallas_kernels.mosaic.values import (
     full,
     iota,
@@ -78,7 +78,9 @@ __all__ = [
     "load_matrix",
     "load_rows",
     "matmul",
+    "matrices",
     "opaque",
+    "put",
     "refusal",
     "row_iota",
     "set_max_registers",

@@ -1,4 +1,4 @@
-"""Sums in global memory that blocks add to."""
+"""Matrices in global memory in the order in which threads have them: sums, and stored ones."""
 
 from __future__ import annotations
 
@@ -17,17 +17,15 @@ from pallas_kernels.mosaic.dialects import arith, llvm, vector
 from pallas_kernels.mosaic.memory import Ref, store
 
 _HEIGHT = 64
-# How rows and columns of a matrix are spread over threads: rows by warp, half and group of four
-# lanes, columns by pair of registers, register, lane within the group, element of a register.
-_ROWS, _COLUMNS = (4, 2, 8), (-1, 2, 4, 2)
-# In memory: warp, half, pair, then group and lane, then what one thread adds at once: four floats,
-# or one integer.
-_ORDER = {
-    jnp.dtype(jnp.float32): (0, 1, 3, 2, 5, 4, 6),
-    jnp.dtype(jnp.int32): (0, 1, 3, 4, 6, 2, 5),
-}
-_LANES, _AT_ONCE = 32, 4
+# How rows of a matrix are spread over threads: by warp, half and group of four lanes. Columns are:
+# by registers that a thread writes at once, register, lane within the group, element of a register.
+_ROWS = (4, 2, 8)
+# In memory: warp, half, registers, then group and lane, then what one thread writes at once: 16
+# bytes, or one integer.
+_BY_VECTOR, _BY_ELEMENT = (0, 1, 3, 2, 5, 4, 6), (0, 1, 3, 4, 6, 2, 5)
+_LANES, _AT_ONCE, _VECTOR_BYTES = 32, 4, 16
 _ADD_FOUR = "red.relaxed.gpu.global.add.v4.f32 [$0], {$1, $2, $3, $4};"
+_STORE_FOUR = "st.global.v4.b32 [$0], {$1, $2, $3, $4};"
 _ADD_ROUNDED = "{ .reg .s32 t; cvt.rni.s32.f32 t, $1; red.relaxed.gpu.global.add.s32 [$0], t; }"
 
 
@@ -54,18 +52,56 @@ class Sums(NamedTuple):
         """What has been added once the kernel has been called, [..., 64, width]."""
         found = jax.freeze(self.ref)
         if interpreter.is_interpreting():
-            return jnp.sum(found, axis=0).reshape(*found.shape[1:-1], _HEIGHT, -1)
-        sizes = np.array(_ROWS + _COLUMNS)
-        leading = found.shape[1:-1]
-        order = _ORDER[found.dtype]
-        back = [len(leading) + int(i) for i in np.argsort(order)]
-        found = found.reshape(*leading, *sizes[list(order)])
-        return found.transpose(*range(len(leading)), *back).reshape(*leading, _HEIGHT, -1)
+            return matrices(jnp.sum(found, axis=0))
+        return matrices(found[0])
 
     @classmethod
     def exist(cls) -> bool:
         """JAX 0.10.2 passes no mutable arrays to kernels."""
         return jax.__version_info__ >= (0, 11)
+
+
+def matrices(found: jax.Array) -> jax.Array:
+    """[..., 64, width], of what `add` has summed up or `put` has stored, [..., 64 * width]."""
+    leading = found.shape[:-1]
+    if interpreter.is_interpreting():
+        return found.reshape(*leading, _HEIGHT, -1)
+    exact = found.dtype == jnp.int32
+    registers = 2 if exact else _VECTOR_BYTES // found.dtype.itemsize // 2
+    order = _BY_ELEMENT if exact else _BY_VECTOR
+    sizes = np.array((*_ROWS, -1, registers, 4, 2))
+    back = [len(leading) + int(i) for i in np.argsort(order)]
+    found = found.reshape(*leading, *sizes[list(order)])
+    return found.transpose(*range(len(leading)), *back).reshape(*leading, _HEIGHT, -1)
+
+
+def put(place: Ref, value: jax.Array) -> None:
+    """Stores a matrix [64, width] of 16 or 32 bits to a reference [64 * width].
+
+    ``width`` is a multiple of 16 for 32 bits, of 32 for 16.
+    """
+    if interpreter.is_interpreting():
+        store(place, value.reshape(-1))
+        return
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
+    def run(_: Any, place: Any, value: Any) -> None:
+        i32 = ir.IntegerType.get_signless(32)
+        words = [x for at in _registers(value) for x in _words(value.registers[at])]
+        base = _start(mgpu_utils.memref_ptr(place), _LANES * len(words), _AT_ONCE)
+        for start in range(0, len(words), _AT_ONCE):
+            llvm.inline_asm(
+                ir.Type.parse("!llvm.void"),
+                [
+                    mgpu_utils.getelementptr(base, [start * _LANES], i32),
+                    *words[start : start + _AT_ONCE],
+                ],
+                _STORE_FOUR,
+                "l" + ",r" * _AT_ONCE,
+                has_side_effects=True,
+            )
+
+    run(place, value)
 
 
 def add(sum_: Ref, value: jax.Array) -> None:
@@ -77,17 +113,10 @@ def add(sum_: Ref, value: jax.Array) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WGMMA))
     def run(_: Any, sum_: Any, value: Any) -> None:
-        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        thread = mgpu_utils.thread_idx()
-        lane = arith.remui(thread, mgpu_utils.c(32, i32))
-        warp = arith.remui(arith.divui(thread, mgpu_utils.c(32, i32)), mgpu_utils.c(4, i32))
-        base = mgpu_utils.memref_ptr(sum_)
-        at_once = 1 if exact else _AT_ONCE
-        first = mgpu_utils.dyn_dot(
-            (warp, lane), (mgpu_utils.c(16 * value.shape[1], i32), mgpu_utils.c(at_once, i32))
-        )
-        base = mgpu_utils.getelementptr(base, [first], f32)
+        f32 = ir.F32Type.get()
         elements = _elements(value)
+        at_once = 1 if exact else _AT_ONCE
+        base = _start(mgpu_utils.memref_ptr(sum_), _LANES * len(elements), at_once)
         for start in range(0, len(elements), at_once):
             place = mgpu_utils.getelementptr(base, [start * _LANES], f32)
             llvm.inline_asm(
@@ -101,8 +130,41 @@ def add(sum_: Ref, value: jax.Array) -> None:
     run(sum_, value)
 
 
+def _start(base: Any, words: int, at_once: int) -> Any:
+    """Where a thread begins to write, of 32-bit words of which each warp has so many."""
+    i32 = ir.IntegerType.get_signless(32)
+    thread = mgpu_utils.thread_idx()
+    lane = arith.remui(thread, mgpu_utils.c(32, i32))
+    warp = arith.remui(arith.divui(thread, mgpu_utils.c(32, i32)), mgpu_utils.c(4, i32))
+    first = mgpu_utils.dyn_dot(
+        (warp, lane), (mgpu_utils.c(words, i32), mgpu_utils.c(at_once, i32))
+    )
+    return mgpu_utils.getelementptr(base, [first], i32)
+
+
+def _words(register: Any) -> list[Any]:
+    """A register's elements as 32-bit words."""
+    i32 = ir.IntegerType.get_signless(32)
+    vector_type = ir.VectorType(register.type)
+    element: Any = vector_type.element_type
+    count = vector_type.shape[0] * element.width // 32
+    words = vector.bitcast(ir.VectorType.get((count,), i32), register)
+    return [
+        vector.extract(words, dynamic_position=[], static_position=[i]) for i in range(count)
+    ]
+
+
 def _elements(value: Any) -> list[Any]:
     """A thread's elements by half, then by column, as far as the thread has them."""
+    return [
+        vector.extract(value.registers[at], dynamic_position=[], static_position=[i])
+        for at in _registers(value)
+        for i in range(2)
+    ]
+
+
+def _registers(value: Any) -> list[tuple[int, ...]]:
+    """Where a thread's registers are, by half, then by column."""
     steps = [
         fa.WGMMA_LAYOUT.tiling.tile_strides(tuple(int(i == axis) for i in range(2)))
         for axis in range(2)
@@ -111,8 +173,4 @@ def _elements(value: Any) -> list[Any]:
         ((int(np.dot(at, steps[0])), int(np.dot(at, steps[1]))), at)
         for at in np.ndindex(value.registers.shape)
     )
-    return [
-        vector.extract(value.registers[at], dynamic_position=[], static_position=[i])
-        for _, at in placed
-        for i in range(2)
-    ]
+    return [at for _, at in placed]
