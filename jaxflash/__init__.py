@@ -1,9 +1,20 @@
 """Attention for JAX: exact, with memory linear in the sequence, every option differentiable."""
 
 from jaxflash.api import dot_product_attention, explain, merge
+from jaxflash.cache import KVCache, OutOfPages, PageAllocator, PagedKVCache
 from jaxflash.dispatch import Explanation
 from jaxflash.vjp import CHECKPOINT_NAMES
 
 __version__ = "0.1.0"
 
-__all__ = ["CHECKPOINT_NAMES", "Explanation", "dot_product_attention", "explain", "merge"]
+__all__ = [
+    "CHECKPOINT_NAMES",
+    "Explanation",
+    "KVCache",
+    "OutOfPages",
+    "PageAllocator",
+    "PagedKVCache",
+    "dot_product_attention",
+    "explain",
+    "merge",
+]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 FLOATS = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)))
+PAGE_SIZES = (16, 32, 64, 128, 256)
 
 
 def as_array(name: str, x: Any) -> Any:
@@ -222,6 +223,36 @@ def not_in_checked_shard_map(name: str, function: Any, arrays: Any) -> None:
 def is_int(x: Any) -> bool:
     """Whether ``x`` is an integer, and neither a bool nor an array."""
     return isinstance(x, numbers.Integral) and not isinstance(x, bool)
+
+
+def count(name: str, x: Any) -> int:
+    """An integer that is not negative, known at trace time."""
+    if not is_int(x):
+        raise TypeError(f"{name} must be an int; got {_shown(x)}")
+    if x < 0:
+        raise ValueError(f"{name} must not be negative; got {x}")
+    return int(x)
+
+
+def size(name: str, x: Any) -> int:
+    """A positive integer known at trace time."""
+    if count(name, x) == 0:
+        raise ValueError(f"{name} must be positive; got 0")
+    return int(x)
+
+
+def page_size(x: Any) -> int:
+    """Tokens in a page."""
+    if size("page_size", x) not in PAGE_SIZES:
+        raise ValueError(f"page_size must be one of {PAGE_SIZES}; got {x}")
+    return int(x)
+
+
+def float_dtype(name: str, x: Any) -> jnp.dtype:
+    """A dtype of keys and values."""
+    if jnp.dtype(x) not in FLOATS:
+        raise TypeError(f"{name} must be bfloat16, float16, float32 or float64; got {jnp.dtype(x)}")
+    return jnp.dtype(x)
 
 
 def _is_real(x: Any) -> bool:
