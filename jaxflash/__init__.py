@@ -3,6 +3,7 @@
 from jaxflash.api import dot_product_attention, explain, merge
 from jaxflash.cache import KVCache, OutOfPages, PageAllocator, PagedKVCache
 from jaxflash.dispatch import Explanation
+from jaxflash.inference import decode_attention, paged_attention
 from jaxflash.vjp import CHECKPOINT_NAMES
 
 __version__ = "0.1.0"
@@ -14,7 +15,9 @@ __all__ = [
     "OutOfPages",
     "PageAllocator",
     "PagedKVCache",
+    "decode_attention",
     "dot_product_attention",
     "explain",
     "merge",
+    "paged_attention",
 ]

@@ -61,10 +61,14 @@ def check_name(implementation: Any) -> None:
         )
 
 
-def select(problem: spec.Problem, implementation: str | None) -> Backend:
+def select(
+    problem: spec.Problem,
+    implementation: str | None,
+    backends: tuple[Backend, ...] | None = None,
+) -> Backend:
     """The backend named, or the first that supports the problem. Never falls back silently."""
-    explanation = explain(problem, implementation)
-    for backend in BACKENDS:
+    explanation = explain(problem, implementation, backends)
+    for backend in backends or BACKENDS:
         if backend.name == explanation.runs:
             return backend
     refusals = {k: v for k, v in explanation.refusals.items() if implementation in (None, k)}
@@ -75,10 +79,14 @@ def select(problem: spec.Problem, implementation: str | None) -> Backend:
     )
 
 
-def explain(problem: spec.Problem, implementation: str | None) -> Explanation:
+def explain(
+    problem: spec.Problem,
+    implementation: str | None,
+    backends: tuple[Backend, ...] | None = None,
+) -> Explanation:
     """Asks every backend about ``problem``."""
     check_name(implementation)
-    refusals = {backend.name: backend.supports(problem) for backend in BACKENDS}
+    refusals = {backend.name: backend.supports(problem) for backend in backends or BACKENDS}
     accepting = [
         name for name, why in refusals.items() if why is None and implementation in (None, name)
     ]

@@ -48,18 +48,16 @@ def expected(case: Case, arrays: Arrays) -> Results:
     """The reference in float64."""
     wide = {k: x.astype(np.float64) if _is_floating(x) else x for k, x in arrays.items()}
     with jax.enable_x64(True):
-        return evaluate(case, wide, _reference(None))
+        return evaluate(case, wide, reference_in(None))
 
 
 def attainable(case: Case, arrays: Arrays) -> Results:
     """The reference with everything in the dtype of the case."""
-    return evaluate(case, arrays, _reference(jnp.dtype(case.dtype)))
+    return evaluate(case, arrays, reference_in(jnp.dtype(case.dtype)))
 
 
 def check(actual: Results, attained: Results, truth: Results, dtype: Any) -> None:
     """Compares out, lse and every gradient with the truth."""
-    eps = float(jnp.finfo(dtype).eps)
-    eps *= 0.5 if jnp.dtype(dtype).itemsize == 2 else 16
     assert actual.gradients.keys() == truth.gradients.keys()
     for name, a, b, t in (
         ("out", actual.out, attained.out, truth.out),
@@ -69,10 +67,20 @@ def check(actual: Results, attained: Results, truth: Results, dtype: Any) -> Non
             for k, t in truth.gradients.items()
         ),
     ):
-        assert a.shape == t.shape, (name, a.shape, t.shape)
-        # Where positions or sums are beyond the dtype, the reference in it says little.
-        allowed = 2 * min(error(b, t), _CEILING) + eps
-        assert error(a, t) <= allowed, f"{name}: error {error(a, t):.3g}, allowed {allowed:.3g}"
+        check_array(name, a, b, t, dtype)
+
+
+def check_array(
+    name: str, actual: np.ndarray, attained: np.ndarray, truth: np.ndarray, dtype: Any
+) -> None:
+    """Compares one array with the truth."""
+    assert actual.shape == truth.shape, (name, actual.shape, truth.shape)
+    eps = float(jnp.finfo(dtype).eps)
+    eps *= 0.5 if jnp.dtype(dtype).itemsize == 2 else 16
+    # Where positions or sums are beyond the dtype, the reference in it says little.
+    allowed = 2 * min(error(attained, truth), _CEILING) + eps
+    found = error(actual, truth)
+    assert found <= allowed, f"{name}: error {found:.3g}, allowed {allowed:.3g}"
 
 
 def error(x: np.ndarray, truth: np.ndarray) -> float:
@@ -87,7 +95,9 @@ def error(x: np.ndarray, truth: np.ndarray) -> float:
     return float(np.abs(x[finite] - truth[finite]).max(initial=0.0) / max(scale, 1e-30))
 
 
-def _reference(compute_dtype: Any) -> Callable[..., Any]:
+def reference_in(compute_dtype: Any) -> Callable[..., Any]:
+    """Attention by the reference that computes in a dtype; returns out and lse."""
+
     def attention(*args: Any, **options: Any) -> tuple[jax.Array, jax.Array]:
         problem, operands = canonicalize(*args, **options)
         out, lse = reference.forward(problem, operands, compute_dtype)

@@ -12,6 +12,7 @@ class Work(NamedTuple):
     batch: Any
     head: Any
     q_block: Any
+    split: Any = 0  # which part of the keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Schedule:
     heads: int
     q_blocks: int
     heads_at_once: int  # divides batch * heads
+    splits: int = 1  # of the keys that each tile of queries sees
 
     def __post_init__(self) -> None:
         if self.batch * self.heads % self.heads_at_once:
@@ -36,15 +38,18 @@ class Schedule:
 
     @property
     def tiles(self) -> int:
-        return self.batch * self.heads * self.q_blocks
+        return self.batch * self.heads * self.q_blocks * self.splits
 
     def work(self, tile: Any) -> Work:
         """The tile that comes at a place of the order."""
+        split: Any = 0
+        if self.splits > 1:
+            tile, split = lax.div(tile, self.splits), lax.rem(tile, self.splits)
         of_section = self.heads_at_once * self.q_blocks
         section, tile = lax.div(tile, of_section), lax.rem(tile, of_section)
         head = section * self.heads_at_once + lax.rem(tile, self.heads_at_once)
         q_block = self.q_blocks - 1 - lax.div(tile, self.heads_at_once)
-        return Work(lax.div(head, self.heads), lax.rem(head, self.heads), q_block)
+        return Work(lax.div(head, self.heads), lax.rem(head, self.heads), q_block, split)
 
 
 def largest_divisor(number: int, limit: int) -> int:

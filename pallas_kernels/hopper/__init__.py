@@ -3,6 +3,17 @@
 from pallas_kernels.hopper.backward import backward, supports_backward
 from pallas_kernels.hopper.backward_kernel import BackwardConfig
 from pallas_kernels.hopper.config import Config
+from pallas_kernels.hopper.decode import decode, decode_config, supports_decode
 from pallas_kernels.hopper.forward import forward, supports
 
-__all__ = ["BackwardConfig", "Config", "backward", "forward", "supports", "supports_backward"]
+__all__ = [
+    "BackwardConfig",
+    "Config",
+    "backward",
+    "decode",
+    "decode_config",
+    "forward",
+    "supports",
+    "supports_backward",
+    "supports_decode",
+]

@@ -213,9 +213,7 @@ def _dslopes(of_keys: Any) -> jax.Array | None:
     return None if of_keys is None else jnp.sum(of_keys, (0, 2))
 
 
-def _dbias(
-    problem: spec.Problem, of_tiles: jax.Array | None, of_keys: Any
-) -> jax.Array | None:
+def _dbias(problem: spec.Problem, of_tiles: jax.Array | None, of_keys: Any) -> jax.Array | None:
     """The gradient of a bias from tiles of dS^T, or from sums over all rows, by key."""
     if of_tiles is not None:
         dbias = of_tiles.transpose(0, 1, 3, 5, 2, 4)

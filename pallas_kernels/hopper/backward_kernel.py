@@ -233,8 +233,8 @@ class Backward(Kernel):
 
     def work(self, tile: Any) -> KeyWork:
         """The tile of keys that comes at a place of the order: the first ones have most to do."""
-        batch, head, last_first = self.schedule.work(tile)
-        return KeyWork(batch, head, self.schedule.q_blocks - 1 - last_first)
+        work = self.schedule.work(tile)
+        return KeyWork(work.batch, work.head, self.schedule.q_blocks - 1 - work.q_block)
 
     def of_group(self, work: KeyWork, member: Any) -> Work:
         """A head of the queries that see these keys."""

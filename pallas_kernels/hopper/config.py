@@ -8,7 +8,12 @@ from pallas_kernels import mosaic, spec
 ROWS = 64  # of a warpgroup's matrix product
 # By the number of consumers: registers of a consumer's thread, and of a producer's, which needs
 # more where it has values to clean. All must fit into what the block is launched with.
-REGISTERS = {2: ((240, 24), (232, 40)), 3: ((160, 32), (152, 56)), 4: ((112, 32), (104, 64))}
+REGISTERS = {
+    1: ((232, 80), (232, 80)),
+    2: ((240, 24), (232, 40)),
+    3: ((160, 32), (152, 56)),
+    4: ((112, 32), (104, 64)),
+}
 _SMEM_BYTES = 227 * 1024
 _SMEM_REST = 2304  # numbers and barriers; each buffer starts at a multiple of 1024
 

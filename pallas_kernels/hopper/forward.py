@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import mosaic, spec
-from pallas_kernels.common.block_map import block_map, needs_map
+from pallas_kernels.common.block_map import BlockMap, block_map, needs_map
 from pallas_kernels.common.schedule import Schedule, Work, largest_divisor
 from pallas_kernels.hopper import gpu
 from pallas_kernels.hopper import tile as tiles
@@ -237,15 +237,14 @@ def finish(c: Consumer, work: Work, stats: Stats) -> jax.Array:
     """Stores a tile's rows of the lse; returns what to multiply its rows of O by, [64]."""
     row0 = c.row0(work)
     factor, lse = stats.finish(c.k, work, row0)
-    rows = c.k.refs.lse_gmem.at[work.batch, work.head, pl.ds(row0, ROWS)]
-    mosaic.store(rows, lse, optimized=False)
+    mosaic.store(c.k.lse(work, pl.ds(row0, ROWS)), lse, optimized=False)
     return factor
 
 
 def store(c: Consumer, work: Work, o: tuple[jax.Array, ...], factor: jax.Array) -> None:
     """Stores a tile's rows of O, normalised."""
     k = c.k
-    out_gmem = k.refs.out_gmem.at[work.batch, pl.ds(c.row0(work), ROWS), work.head]
+    out_gmem = k.out(work, pl.ds(c.row0(work), ROWS))
     places = [strip for strip, _, _ in k.refs.out_smem.at(c.me).strips()]
     column = 0
     for group in k.forms.out.groups():
@@ -293,25 +292,52 @@ def forward(
       blocks: Size of the grid. Default: one for each multiprocessor.
     """
     c = config or Config.default(problem)
-    q_blocks, kv_blocks = pl.cdiv(problem.T, c.block_q), pl.cdiv(problem.S, c.block_kv)
+    p, q_blocks = problem, pl.cdiv(problem.T, c.block_q)
     found = block_map(problem, operands, c.block_q, c.block_kv) if needs_map(problem) else None
-    p, forms = tiles.in_kernel(problem), Forms.of(problem, c)
-    x = tiles.prepare(problem, operands, q_blocks * c.block_q, kv_blocks * c.block_kv)
-    x = forms.arrays(x)
     schedule = Schedule(p.B, p.N, q_blocks, _heads_at_once(p))
+    out, lse = launch(
+        Forward,
+        problem,
+        c,
+        schedule,
+        blocks,
+        operands,
+        found,
+        (p.B, p.T, p.N, mosaic.copied_columns(p.Hv)),
+        (p.B, p.N, q_blocks * c.block_q),
+    )
+    return out[..., : p.Hv], lse[:, :, : p.T].swapaxes(1, 2)
+
+
+def launch(
+    kind: type[Forward],
+    problem: spec.Problem,
+    c: Config,
+    schedule: Schedule,
+    blocks: int | None,
+    operands: spec.Operands,
+    found: BlockMap | None,
+    out_shape: tuple[int, ...],
+    lse_shape: tuple[int, ...],
+) -> tuple[jax.Array, jax.Array]:
+    """Launches a kernel; the arrays it returns are those that ``kind.out`` and ``lse`` know."""
+    p, forms = tiles.in_kernel(problem), Forms.of(problem, c)
+    kv_blocks = pl.cdiv(p.S, c.block_kv)
+    x = tiles.prepare(problem, operands, schedule.q_blocks * c.block_q, kv_blocks * c.block_kv)
+    x = forms.arrays(x)
     blocks = min(blocks or gpu.multiprocessors(problem.device), schedule.tiles)
     leaves, tree = jax.tree.flatten((x, found))
 
     def forward_kernel(*refs: mosaic.Ref) -> None:
         x, found = jax.tree.unflatten(tree, refs[: len(leaves)])
-        k = Forward(p, c, schedule, blocks, forms, forms.refs(x, found, *refs[len(leaves) :]))
+        k = kind(p, c, schedule, blocks, forms, forms.refs(x, found, *refs[len(leaves) :]))
         divide(c.consumers, k.hides_keys, lambda: consume(k), lambda: produce(k))
 
-    launch = mosaic.kernel(
+    call = mosaic.kernel(
         forward_kernel,
         out_type=[
-            jax.ShapeDtypeStruct((p.B, p.T, p.N, mosaic.copied_columns(p.Hv)), p.dtype),
-            jax.ShapeDtypeStruct((p.B, p.N, q_blocks * c.block_q), jnp.float32),
+            jax.ShapeDtypeStruct(out_shape, p.dtype),
+            jax.ShapeDtypeStruct(lse_shape, jnp.float32),
         ],
         scratch_types=forms.scratch(c, p.dtype),
         grid={"block": blocks},
@@ -322,8 +348,8 @@ def forward(
         # after a wait for all threads that read it, at a barrier at which each arrives by itself.
         params=mosaic.compiler_params(reduction_scratch_bytes=0, unsafe_no_auto_barriers=True),
     )
-    out, lse = launch(*leaves)
-    return out[..., : p.Hv], lse[:, :, : p.T].swapaxes(1, 2)
+    out, lse = call(*leaves)
+    return out, lse
 
 
 def _heads_at_once(p: spec.Problem) -> int:

@@ -49,6 +49,7 @@ class Forms(NamedTuple):
     k: mosaic.Form
     v: mosaic.Form
     out: Staging
+    parts: int  # that a tile of keys is copied in, for they are in pages
 
     @classmethod
     def of(cls, p: spec.Problem, c: Config) -> "Forms":
@@ -59,6 +60,7 @@ class Forms(NamedTuple):
             mosaic.Form.of(c.block_kv, p.H),
             mosaic.Form.in_one_piece(c.block_kv, p.Hv),
             staging,
+            1 if p.operands.page_table is None else max(1, c.block_kv // p.operands.key.shape[1]),
         )
 
     def arrays(self, x: spec.Operands) -> spec.Operands:
@@ -77,11 +79,11 @@ class Forms(NamedTuple):
             mosaic.SMEM((1,), jnp.int32),
             mosaic.Barrier(num_barriers=c.q_stages, num_arrivals=c.consumers * self.q.copies + 1),
             mosaic.Barrier(num_barriers=c.q_stages, num_arrivals=c.consumers),
-            mosaic.Barrier(num_barriers=c.stages, num_arrivals=self.k.copies),
+            mosaic.Barrier(num_barriers=c.stages, num_arrivals=self.k.copies_in(self.parts)),
             mosaic.Barrier(num_barriers=c.stages, num_arrivals=c.consumers),
-            mosaic.Barrier(num_barriers=c.stages, num_arrivals=self.v.copies),
+            mosaic.Barrier(num_barriers=c.stages, num_arrivals=self.v.copies_in(self.parts)),
             mosaic.Barrier(num_barriers=c.stages, num_arrivals=c.consumers),
-            mosaic.Barrier(num_arrivals=self.v.copies),
+            mosaic.Barrier(num_arrivals=self.v.copies_in(self.parts)),
             mosaic.Barrier(num_barriers=c.consumers, num_arrivals=1),
         ]
 
@@ -185,14 +187,39 @@ class Forward(Kernel):
 
     def walk(self, work: Work) -> Walk:
         """The tiles of keys that a tile of queries visits."""
-        c, p, x, found = self.config, self.problem, self.refs.x, self.refs.map
+        found = self.refs.map
         if found is not None:
             return found.walk((*tiles.heads_of(found.count, work), work.q_block))
-        first = work.q_block * c.block_q
-        rows = tiles.row_count(p, x, work.batch)
-        keys = tiles.key_count(p, x, work.batch)
-        if x.query_lengths is not None:
-            keys = jnp.where(first < rows, keys, 0)
-            rows = jnp.maximum(rows, first + 1)
-        stop = jnp.minimum(first + c.block_q, rows)
-        return of_band(tiles.band_of(p, x, work.batch), (first, stop), keys, c.block_kv)
+        return walk_of(self.problem, self.config, self.refs.x, work)
+
+    def query(self, work: Work, rows: Any) -> mosaic.Ref:
+        """Rows of a head's queries."""
+        return self.refs.x.query.at[work.batch, rows, work.head]
+
+    def out(self, work: Work, rows: Any) -> mosaic.Ref:
+        """Where rows of O go."""
+        return self.refs.out_gmem.at[work.batch, rows, work.head]
+
+    def lse(self, work: Work, rows: Any) -> mosaic.Ref:
+        """Where rows of the lse go."""
+        return self.refs.lse_gmem.at[work.batch, work.head, rows]
+
+
+def walk_of(
+    p: spec.Problem,
+    c: Config,
+    x: spec.Operands,  # references, or arrays
+    work: Work,
+) -> Walk:
+    """The tiles of keys that a tile of queries visits, as far as the band and lengths tell."""
+    first = work.q_block * c.block_q
+    rows = tiles.row_count(p, x, work.batch)
+    keys = tiles.key_count(p, x, work.batch)
+    if x.query_lengths is not None:
+        keys = jnp.where(first < rows, keys, 0)
+        rows = jnp.maximum(rows, first + 1)
+    stop = jnp.minimum(first + c.block_q, rows)
+    if p.rows_per_position > 1:
+        first = lax.div(first, p.rows_per_position)
+        stop = lax.div(stop - 1, p.rows_per_position) + 1
+    return of_band(tiles.band_of(p, x, work.batch), (first, stop), keys, c.block_kv)

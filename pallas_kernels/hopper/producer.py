@@ -25,8 +25,7 @@ def produce(k: Forward) -> None:
         stage = announce(k, round_, tile)
         for i in range(c.consumers):
             rows = pl.ds(work.q_block * c.block_q + i * ROWS, ROWS)
-            q_gmem = r.x.query.at[work.batch, rows, work.head]
-            mosaic.copy_in(q_gmem, r.q_smem.at(stage, i), r.q_full.at[stage])
+            mosaic.copy_in(k.query(work, rows), r.q_smem.at(stage, i), r.q_full.at[stage])
         return produce_keys(k, work, step)
 
     rounds, steps, tile = each_tile(k, r.ticket_smem, load)
@@ -74,41 +73,72 @@ def produce_keys(k: Forward, work: Work, step: Any) -> Any:
 
     def visit(j: Any, _: None) -> None:
         stage, kv_block = lax.rem(step + j, c.stages), walk.tile(j)
-        keys = pl.ds(kv_block * c.block_kv, c.block_kv)
+        source = Source.of(k, work, head, kv_block)
         # Before the waits: what it loads comes while they last.
         by_data = walk.hides and functools.partial(walk.hides, j)
         hidden = Hidden.of(k, work, kv_block, by_data) if k.hides_keys else None
         again = step + j >= c.stages
         pl.when(again)(lambda: mosaic.barrier_wait(r.k_free.at[stage]))
-        k_gmem, v_gmem = (x.at[work.batch, keys, head] for x in (r.x.key, r.x.value))
-        mosaic.copy_in(k_gmem, r.k_smem.at(stage), r.k_full.at[stage])
+        source.copy(r.x.key, r.k_smem.at(stage), r.k_full.at[stage])
         pl.when(again)(lambda: mosaic.barrier_wait(r.v_free.at[stage]))
-        produce_values(k, hidden, v_gmem, stage)
+        produce_values(k, hidden, source, stage)
 
     lax.fori_loop(0, walk.count, visit, None)
     return walk.count
 
 
-def produce_values(k: Forward, hidden: "Hidden | None", v_gmem: mosaic.Ref, stage: Any) -> None:
+class Source(NamedTuple):
+    """Where a tile of keys is in global memory: parts of it, each in one piece."""
+
+    places: tuple[Any, ...]  # of parts: indices of the array's axes
+    rows: int  # of each
+
+    @classmethod
+    def of(cls, k: Forward, work: Work, head: Any, kv_block: Any) -> "Source":
+        block_kv, table = k.config.block_kv, k.refs.x.page_table
+        key0 = kv_block * block_kv
+        if table is None:
+            return cls(((work.batch, pl.ds(key0, block_kv), head),), block_kv)
+        pages, page_size = k.refs.x.key.shape[:2]
+        rows = min(page_size, block_kv)
+        places = []
+        for start in range(0, block_kv, rows):
+            # What is beyond the table, or in no page, is hidden by its length.
+            number = jnp.minimum(lax.div(key0 + start, page_size), table.shape[1] - 1)
+            page = jnp.clip(table[work.batch, number], 0, pages - 1)
+            places.append((page, pl.ds(lax.rem(key0 + start, page_size), rows), head))
+        return cls(tuple(places), rows)
+
+    def copy(self, gmem: mosaic.Ref, target: mosaic.Matrix, barrier: mosaic.Ref) -> None:
+        """Starts the copies of K or V."""
+        if len(self.places) == 1:
+            mosaic.copy_in(gmem.at[self.places[0]], target, barrier)
+            return
+        for i, place in enumerate(self.places):
+            rows = pl.ds(i * self.rows, self.rows)
+            mosaic.copy_rows_in(gmem.at[place], target, rows, barrier)
+
+
+def produce_values(k: Forward, hidden: "Hidden | None", source: Source, stage: Any) -> None:
     """Copies a tile of V, and zeroes the rows of keys that nobody sees."""
     r, v_smem = k.refs, k.refs.v_smem.at(stage)
     if hidden is None:
-        mosaic.copy_in(v_gmem, v_smem, r.v_full.at[stage])
+        source.copy(r.x.value, v_smem, r.v_full.at[stage])
         return
 
     @pl.when(~hidden.some)
     def _() -> None:
-        mosaic.copy_in(v_gmem, v_smem, r.v_full.at[stage])
+        source.copy(r.x.value, v_smem, r.v_full.at[stage])
 
     @pl.when(hidden.some)
     def _() -> None:
-        mosaic.copy_in(v_gmem, v_smem, r.v_raw)
+        source.copy(r.x.value, v_smem, r.v_raw)
         mosaic.barrier_wait(r.v_raw)
         # Parts may overlap: what is zeroed twice is zero.
         for row in (*range(0, k.config.block_kv - ROWS, ROWS), k.config.block_kv - ROWS):
             zero_hidden(v_smem, row, functools.partial(hidden.others, row))
         mosaic.commit_smem()
-        arrive(r.v_full.at[stage], k.forms.v.copies)
+        arrive(r.v_full.at[stage], k.forms.v.copies_in(k.forms.parts))
 
 
 def zero_hidden(matrix: mosaic.Matrix, row: int, seen: Callable[[Any], jax.Array]) -> None:
@@ -138,7 +168,9 @@ class Hidden(NamedTuple):
         key0 = kv_block * k.config.block_kv
         start, stop = tiles.band_of(p, x, work.batch).any_keys(0, rows, keys)
         end = key0 + k.config.block_kv
-        beyond = jnp.where(stop == p.S, p.S + k.config.block_kv, stop)  # TMA has zeroed the rest
+        beyond = stop
+        if x.page_table is None:  # what is beyond the array's end TMA has zeroed
+            beyond = jnp.where(stop == p.S, p.S + k.config.block_kv, stop)
         some = (key0 < start) | (end > beyond)
         if by_data is None:
             return cls(some, key0, start, stop, None)

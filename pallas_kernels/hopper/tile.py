@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels import mosaic, spec
 from pallas_kernels.common.schedule import Work
@@ -112,6 +113,10 @@ def tile_of(
     batch, head = work.batch, work.head
     row = span.row0 + mosaic.iota(span.shape, 1 if span.turned else 0)
     offset = problem.query_offset if x.query_offset is None else x.query_offset[batch]
+    position = row + offset
+    if problem.rows_per_position > 1:
+        rows = span.row0 + mosaic.row_iota(span.shape[0])
+        position = mosaic.spread_rows(lax.div(rows, problem.rows_per_position) + offset, span.shape)
     segments = masked and x.query_segment_ids is not None
     slopes = x.alibi_slopes
     row_ids = x.query_segment_ids.at[batch, pl.ds(*span.rows)] if segments else None
@@ -121,7 +126,7 @@ def tile_of(
         head=head,
         row=row,
         key=span.key0 + mosaic.iota(span.shape, 0 if span.turned else 1),
-        position=row + offset,
+        position=position,
         mask=_window(x.mask, work, span) != 0 if masked and x.mask is not None else None,
         key_value_length=key_count(problem, x, batch) if masked and keys_end else None,
         query_segment=span.load(row_ids, by_row=True) if segments else None,
@@ -129,10 +134,17 @@ def tile_of(
         mask_consts=x.mask_consts,
         parameters=spec.ScoreParameters(
             bias=None if x.bias is None else _window(x.bias, work, span),
-            alibi_slope=None if slopes is None else slopes[head],
+            alibi_slope=None if slopes is None else _slopes(slopes, head, span),
             consts=x.score_consts,
         ),
     )
+
+
+def _slopes(slopes: mosaic.Ref, head: Any, span: Span) -> Any:
+    """Of a head, or of each of its rows."""
+    if len(slopes.shape) == 1:
+        return slopes[head]
+    return span.load(slopes.at[head, pl.ds(*span.rows)], by_row=True)
 
 
 def key_count(problem: spec.Problem, x: spec.Operands, batch: Any) -> Any:

@@ -29,7 +29,15 @@ from pallas_kernels.mosaic.evaluate import evaluate, refusal
 from pallas_kernels.mosaic.interpreter import RaceError, interpreting, is_interpreting
 from pallas_kernels.mosaic.launch import compiler_params, kernel
 from pallas_kernels.mosaic.matmul import matmul, settle, start, start_columns
-from pallas_kernels.mosaic.matrix import Form, Matrix, View, copied_columns, copy_in, copy_out
+from pallas_kernels.mosaic.matrix import (
+    Form,
+    Matrix,
+    View,
+    copied_columns,
+    copy_in,
+    copy_out,
+    copy_rows_in,
+)
 from pallas_kernels.mosaic.memory import Ref, layout_cast, load, store, tiled_smem
 from pallas_kernels.mosaic.sums import Sums, add, matrices, put
 from pallas_kernels.mosaic.values import (
@@ -64,6 +72,7 @@ __all__ = [
     "copy_gmem_to_smem",
     "copy_in",
     "copy_out",
+    "copy_rows_in",
     "copy_smem_to_gmem",
     "counter",
     "evaluate",

@@ -111,6 +111,10 @@ class Form(NamedTuple):
         """How many it takes to copy a matrix."""
         return 1 if self._at_once else self.strips
 
+    def copies_in(self, parts: int) -> int:
+        """How many it takes if it is copied in so many parts, each of some rows."""
+        return self.copies if parts == 1 else parts * self.strips
+
     @property
     def _at_once(self) -> bool:
         even = len(self.pieces) == 1 and self.columns == self.array_columns
@@ -183,6 +187,19 @@ def copy_in(
     for strip, start, width in target.strips():
         source = gmem.at[:, _columns(gmem, start, width)]
         plgpu.copy_gmem_to_smem(source, strip.copied, barrier)
+
+
+def copy_rows_in(
+    gmem: Ref,  # [rows, columns], of what `Form.array` returns
+    target: Matrix,
+    rows: Any,  # of the target: a slice by multiples of 8
+    barrier: Ref,  # expects an arrival for each strip
+) -> None:
+    """Starts copies to some rows of a matrix."""
+    for i, (strip, start, width) in enumerate(target.strips()):
+        at_once = len(gmem.shape) > _RANK
+        source = gmem.at[:, i] if at_once else gmem.at[:, _columns(gmem, start, width)]
+        plgpu.copy_gmem_to_smem(source, strip.copied.at[rows], barrier)
 
 
 def copy_out(strip: View, gmem: Ref, column: int) -> None:

@@ -136,9 +136,7 @@ def _start(base: Any, words: int, at_once: int) -> Any:
     thread = mgpu_utils.thread_idx()
     lane = arith.remui(thread, mgpu_utils.c(32, i32))
     warp = arith.remui(arith.divui(thread, mgpu_utils.c(32, i32)), mgpu_utils.c(4, i32))
-    first = mgpu_utils.dyn_dot(
-        (warp, lane), (mgpu_utils.c(words, i32), mgpu_utils.c(at_once, i32))
-    )
+    first = mgpu_utils.dyn_dot((warp, lane), (mgpu_utils.c(words, i32), mgpu_utils.c(at_once, i32)))
     return mgpu_utils.getelementptr(base, [first], i32)
 
 
@@ -149,9 +147,7 @@ def _words(register: Any) -> list[Any]:
     element: Any = vector_type.element_type
     count = vector_type.shape[0] * element.width // 32
     words = vector.bitcast(ir.VectorType.get((count,), i32), register)
-    return [
-        vector.extract(words, dynamic_position=[], static_position=[i]) for i in range(count)
-    ]
+    return [vector.extract(words, dynamic_position=[], static_position=[i]) for i in range(count)]
 
 
 def _elements(value: Any) -> list[Any]:

@@ -32,8 +32,8 @@ class Operands(NamedTuple):
     """
 
     query: Any  # [B, T, N, H]
-    key: Any  # [B, S, K, H]
-    value: Any  # [B, S, K, Hv]
+    key: Any  # [B, S, K, H]; in pages [P, page_size, K, H]
+    value: Any  # [B, S, K, Hv]; in pages [P, page_size, K, Hv]
     bias: Any = None  # [B|1, N|1, T|1, S|1] floating
     mask: Any = None  # [B|1, N|1, T|1, S|1] bool
     query_lengths: Any = None  # [B] int32
@@ -46,6 +46,7 @@ class Operands(NamedTuple):
     dropout_seed: Any = None  # [2] uint32
     score_consts: tuple[Any, ...] = ()  # arrays captured by score_mod
     mask_consts: tuple[Any, ...] = ()  # arrays captured by mask_mod
+    page_table: Any = None  # [B, M] int32: where pages of keys and values are; of native kernels
 
 
 def gradients(operands: Operands, found: Operands) -> Operands:
@@ -163,6 +164,9 @@ class Problem:
     precision: Any = None
     deterministic: bool = False
     constant: frozenset[str] = frozenset()  # operands whose gradients nobody asks for
+    # So many consecutive rows stand at one position: heads of a group that are worked on as one.
+    # ALiBi's slopes are then [N, rows in whole tiles].
+    rows_per_position: int = 1
 
     @property
     def B(self) -> int:
@@ -174,7 +178,8 @@ class Problem:
 
     @property
     def S(self) -> int:
-        return self.operands.key.shape[1]
+        table = self.operands.page_table
+        return self.operands.key.shape[1] * (1 if table is None else table.shape[1])
 
     @property
     def N(self) -> int:

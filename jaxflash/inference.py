@@ -1,0 +1,281 @@
+"""Attention of new tokens to a cache: decoding, and prefill in chunks."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from jaxflash import checks, dispatch, reference, tuning, xla
+from jaxflash.api import Implementation
+from jaxflash.arguments import canonicalize
+from jaxflash.cache import pages
+from jaxflash.cache.rules import Rule, enforce, integers
+from jaxflash.dispatch import Backend, Results
+from pallas_kernels import hopper, spec
+
+
+def decode_attention(
+    query: Float[Array, "*B T N H"],
+    key_cache: Float[Array, "*B S K H"],
+    value_cache: Float[Array, "*B S K Hv"],
+    lengths: Int32[Array, "*B"],
+    *,
+    scale: float | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    logits_soft_cap: float | None = None,
+    alibi_slopes: Float[Array, "N"] | None = None,
+    sinks: Float[Array, "N"] | None = None,
+    implementation: Implementation | None = None,
+    return_residual: bool = False,
+    debug_checks: bool = False,
+) -> Any:
+    r"""Causal attention of the T newest tokens to a cache that holds them already.
+
+    Token t of sequence b stands at position ``lengths[b] - T + t`` and sees the keys up to there:
+
+    .. math:: o_t = \sum_{j \le \mathrm{length} - T + t} \mathrm{softmax}_j(s_{tj})\, v_j
+
+    with the logits of ``dot_product_attention``. Of the cache, what lies beyond a sequence's length
+    is never seen, whatever it holds. Not differentiable on every backend: this is for inference.
+
+    Args:
+      query: ``[*B, T, N, H]``, the new tokens; bfloat16, float16, float32 or float64.
+      key_cache: ``[*B, S, K, H]``, such as ``KVCache.key``; K divides N.
+      value_cache: ``[*B, S, K, Hv]``.
+      lengths: int32 ``[*B]``, tokens held, the new ones included, in ``[0, S]``. New tokens at
+        positions before 0 (where a length is less than T) see nothing: output 0, lse -inf.
+      scale: of the logits; ``H ** -0.5`` by default.
+      local_window_size: ``(left, right)``, or an int for both, as in ``dot_product_attention``.
+      logits_soft_cap: logits become ``cap * tanh(s / cap)``.
+      alibi_slopes: floating ``[N]``; ``slope * |i - j|`` is subtracted.
+      sinks: floating ``[N]``; one logit a head that takes weight and has no value.
+      implementation: None picks the fastest backend that supports the call; a name insists on one.
+      return_residual: also return the lse.
+      debug_checks: check at run time that lengths lie in ``[0, S]``. Costs a round trip to the
+        host; JAX_PLATFORMS, where it is set, must list cpu too.
+
+    Returns:
+      The output ``[*B, T, N, Hv]`` in the query's dtype. With ``return_residual``, a pair with the
+      lse ``[*B, T, N]``, float32.
+
+    Raises:
+      ValueError, TypeError: an argument is wrong, or the implementation asked for refuses; lengths
+        that are no JAX arrays are always checked.
+      jax.errors.JaxRuntimeError: what ``debug_checks`` finds inside jit.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxflash
+      >>> cache = jaxflash.KVCache.zeros(2, 64, 2, 16, dtype=jnp.float32)
+      >>> token = jax.random.normal(jax.random.key(0), (2, 1, 2, 16))
+      >>> cache = cache.append(token, token)
+      >>> query = jnp.ones((2, 1, 8, 16))
+      >>> jaxflash.decode_attention(query, cache.key, cache.value, cache.lengths).shape
+      (2, 1, 8, 16)
+
+    Source: Dao et al., "Flash-Decoding for long-context inference" (2023).
+    """
+    key, value = (
+        checks.as_array("key_cache", key_cache),
+        checks.as_array("value_cache", value_cache),
+    )
+    query = checks.as_array("query", query)
+    checks.qkv(query, key, value)
+    batch, T, S = query.shape[:-3], query.shape[-3], key.shape[-3]
+    held = _lengths(lengths, batch)
+    held = enforce(held, _length_rule(held, S), debug_checks=debug_checks)
+    held = jnp.asarray(held)
+    problem, operands = canonicalize(
+        query,
+        key,
+        value,
+        scale=scale,
+        is_causal=True,
+        query_offset=held - T,
+        key_value_seq_lengths=held,
+        local_window_size=local_window_size,
+        logits_soft_cap=logits_soft_cap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+    )
+    return _run(problem, operands, implementation, return_residual, batch)
+
+
+def paged_attention(
+    query: Float[Array, "B T N H"],
+    key_pages: Float[Array, "P page_size K H"],
+    value_pages: Float[Array, "P page_size K Hv"],
+    page_table: Int32[Array, "B M"],
+    lengths: Int32[Array, "B"],
+    *,
+    scale: float | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    logits_soft_cap: float | None = None,
+    alibi_slopes: Float[Array, "N"] | None = None,
+    sinks: Float[Array, "N"] | None = None,
+    implementation: Implementation | None = None,
+    return_residual: bool = False,
+    debug_checks: bool = False,
+) -> Any:
+    """`decode_attention` to a cache in pages; with a large T, prefill in chunks.
+
+    Key j of sequence b is in page ``page_table[b, j // page_size]`` at ``j % page_size``. Pages may
+    be in any order, and of several sequences. Pages that a sequence does not hold are never seen.
+
+    Args:
+      query: ``[B, T, N, H]``, the newest tokens of each sequence, which the cache holds already.
+      key_pages: ``[P, page_size, K, H]``, such as ``PagedKVCache.key_pages``; pages of 16, 32, 64,
+        128 or 256 tokens.
+      value_pages: ``[P, page_size, K, Hv]``.
+      page_table: int32 ``[B, M]``; entries that hold no token of the sequence may be anything.
+      lengths: int32 ``[B]``, tokens held, the new ones included, in ``[0, M * page_size]``.
+      scale: as in ``decode_attention``.
+      local_window_size: likewise.
+      logits_soft_cap: likewise.
+      alibi_slopes: likewise.
+      sinks: likewise.
+      implementation: likewise.
+      return_residual: likewise.
+      debug_checks: check at run time that lengths fit the table and that tokens held are in pages
+        that exist.
+
+    Returns:
+      As ``decode_attention``.
+
+    Raises:
+      ValueError, TypeError, jax.errors.JaxRuntimeError: as ``decode_attention``.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxflash
+      >>> cache = jaxflash.PagedKVCache.zeros(
+      ...     8, 16, 2, 16, batch=2, max_pages=3, dtype=jnp.float32
+      ... ).with_tables([[5, 2, -1], [7, -1, -1]])
+      >>> prompt = jnp.ones((2, 10, 2, 16))
+      >>> cache = cache.append(prompt, prompt)
+      >>> held = cache.key_pages, cache.value_pages, cache.page_table, cache.lengths
+      >>> jaxflash.paged_attention(jnp.ones((2, 10, 8, 16)), *held).shape
+      (2, 10, 8, 16)
+
+    Source: Kwon et al., "Efficient Memory Management for Large Language Model Serving with
+    PagedAttention" (2023).
+    """
+    query = checks.as_array("query", query)
+    held_keys = checks.as_array("key_pages", key_pages)
+    held_values = checks.as_array("value_pages", value_pages)
+    table = integers("page_table", page_table)
+    _check_pages(query, held_keys, held_values, table)
+    B, T = query.shape[:2]
+    P, page_size = held_keys.shape[:2]
+    held = _lengths(lengths, (B,))
+    rules = pages.table_rules(table, held, P, page_size, "give page_table more columns")
+    held = enforce(held, *rules, debug_checks=debug_checks)
+    held, table = jnp.asarray(held), jnp.asarray(table)
+    empty_key, empty_value = (  # what `canonicalize` takes for keys and values
+        jnp.zeros((B, 0, *x.shape[2:]), x.dtype) for x in (held_keys, held_values)
+    )
+    problem, operands = canonicalize(
+        query,
+        empty_key,
+        empty_value,
+        scale=scale,
+        is_causal=True,
+        query_offset=held - T,
+        key_value_seq_lengths=held,
+        local_window_size=local_window_size,
+        logits_soft_cap=logits_soft_cap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+    )
+    operands = operands._replace(key=held_keys, value=held_values, page_table=table)
+    structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), operands)
+    problem = dataclasses.replace(problem, operands=structs)
+    return _run(problem, operands, implementation, return_residual, (B,))
+
+
+def _run(
+    problem: spec.Problem,
+    operands: spec.Operands,
+    implementation: str | None,
+    return_residual: bool,
+    batch: tuple[int, ...],
+) -> Any:
+    checks.flag("return_residual", return_residual)
+    backend = dispatch.select(problem, implementation, _BACKENDS)
+    out, lse = (x.reshape(*batch, *x.shape[1:]) for x in backend.forward(problem, operands))
+    return (out, lse) if return_residual else out
+
+
+def _hopper(problem: spec.Problem, operands: spec.Operands) -> Results:
+    """The kernel for few new tokens, or that of the forward for many."""
+    if hopper.supports_decode(problem) is None:
+        return hopper.decode(problem, operands)
+    return tuning.hopper_forward(problem, operands)
+
+
+def _xla(problem: spec.Problem, operands: spec.Operands) -> Results:
+    return xla.forward(*_gathered(problem, operands))
+
+
+def _reference(problem: spec.Problem, operands: spec.Operands) -> Results:
+    return reference.forward(*_gathered(problem, operands))
+
+
+def _gathered(problem: spec.Problem, operands: spec.Operands) -> tuple[spec.Problem, spec.Operands]:
+    """The same with each sequence's keys and values in one run of memory."""
+    x = operands
+    if x.page_table is None:
+        return problem, operands
+    assert x.key_value_lengths is not None
+    key, value = (pages.contiguous(y, x.page_table, x.key_value_lengths) for y in (x.key, x.value))
+    x = x._replace(key=key, value=value, page_table=None)
+    structs = jax.tree.map(lambda y: jax.ShapeDtypeStruct(y.shape, y.dtype), x)
+    return dataclasses.replace(problem, operands=structs), x
+
+
+# In the order in which they are tried.
+_BACKENDS = (
+    Backend("hopper", hopper.supports, _hopper, None),
+    Backend("xla", xla.supports, _xla, None),
+    Backend("reference", reference.supports, _reference, None),
+)
+
+
+def _lengths(lengths: Any, batch: tuple[int, ...]) -> Any:
+    held = integers("lengths", lengths)
+    checks.shaped("lengths", held, batch, "[*B]")
+    return held
+
+
+def _length_rule(lengths: Any, capacity: int) -> Rule:
+    """Lengths [*B] are within the cache."""
+    return Rule(
+        (lengths >= 0) & (lengths <= capacity),
+        f"lengths must lie in [0, S] = [0, {capacity}]; got {{}}; give the cache a larger capacity",
+        (lengths,),
+    )
+
+
+def _check_pages(query: Any, key_pages: Any, value_pages: Any, page_table: Any) -> None:
+    """Shapes and dtypes of pages and of the table."""
+    for name, x, axes in (
+        ("key_pages", key_pages, "[P, page_size, K, H]"),
+        ("value_pages", value_pages, "[P, page_size, K, Hv]"),
+    ):
+        if x.ndim != 4:
+            raise ValueError(f"{name} must have four axes {axes}; got shape {x.shape}")
+    if query.ndim != 4:
+        raise ValueError(f"query must have four axes [B, T, N, H]; got shape {query.shape}")
+    if key_pages.shape[:2] != value_pages.shape[:2]:
+        raise ValueError(
+            "key_pages and value_pages must have as many pages of as many tokens; got shapes "
+            f"{key_pages.shape} and {value_pages.shape}"
+        )
+    checks.page_size(key_pages.shape[1])
+    if page_table.ndim != 2 or page_table.shape[0] != query.shape[0] or 0 in page_table.shape:
+        raise ValueError(
+            f"page_table must have shape [B, M] = ({query.shape[0]}, M), not empty; got shape "
+            f"{page_table.shape}"
+        )
+    if key_pages.shape[0] == 0:
+        raise ValueError(f"key_pages must hold at least one page; got shape {key_pages.shape}")

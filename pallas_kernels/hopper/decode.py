@@ -1,0 +1,193 @@
+"""A few new tokens against a long cache: split-KV decoding (flash-decoding, Dao et al. 2023).
+
+The time is that of reading keys and values once. So that one read serves all query heads of a group
+and all new tokens, their rows are worked on as one tile of a single consumer; so that there is work
+for every multiprocessor, the tiles of keys that it visits are divided among blocks, whose partial
+outputs XLA merges. All else is the forward's: this kernel is the forward of rows that are packed
+otherwise and of walks that are parts.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+
+from pallas_kernels import mosaic, spec
+from pallas_kernels.common.schedule import Schedule, Work
+from pallas_kernels.common.walk import Walk, part, parts_with_visits
+from pallas_kernels.hopper import gpu
+from pallas_kernels.hopper.config import ROWS, Config
+from pallas_kernels.hopper.forward import launch, supports
+from pallas_kernels.hopper.kernel import Forward, walk_of
+
+_MAX_TOKENS = 16
+_STAGES = (6, 5, 4, 3, 2)
+# What a part of a walk costs beside its visits, and what it costs that there are parts to merge, in
+# visits.
+_COST_OF_PART, _COST_OF_MERGE = 1.0, 1.5
+_MAX_PARTS = 128
+
+
+class Decode(Forward):
+    """The kernel; a tile's rows are new tokens, and within each the heads of a group."""
+
+    def walk(self, work: Work) -> Walk:
+        """The tiles of keys that a part of a tile of queries visits."""
+        walk = walk_of(self.problem, self.config, self.refs.x, work)
+        return walk if self.schedule.splits == 1 else part(walk, work.split, self.schedule.splits)
+
+    def query(self, work: Work, rows: Any) -> mosaic.Ref:
+        return self.refs.x.query.at[work.batch, work.head, rows]
+
+    def out(self, work: Work, rows: Any) -> mosaic.Ref:
+        return self.refs.out_gmem.at[work.batch, work.head, work.split, rows]
+
+    def lse(self, work: Work, rows: Any) -> mosaic.Ref:
+        return self.refs.lse_gmem.at[work.batch, work.head, work.split, rows]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3, 4))
+def decode(
+    problem: spec.Problem,
+    operands: spec.Operands,
+    config: Config | None = None,
+    splits: int | None = None,
+    blocks: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Output [B, T, N, Hv] in the query's dtype and lse [B, T, N] in float32.
+
+    Args:
+      problem: What `supports_decode` accepts.
+      operands: Its arrays.
+      config: Default: see `decode_config`.
+      splits: How many parts the walk of a tile is divided into. Default: see `choose_splits`.
+      blocks: Size of the grid. Default: one for each multiprocessor.
+    """
+    c = config or decode_config(problem)
+    packed, x = _pack(problem, operands, c)
+    q_blocks = pl.cdiv(packed.T, c.block_q)
+    splits = splits or choose_splits(problem, c)
+    schedule = Schedule(packed.B, packed.N, q_blocks, 1, splits)
+    of_parts = (packed.B, packed.N, splits)
+    out, lse = launch(
+        Decode,
+        packed,
+        c,
+        schedule,
+        blocks,
+        x,
+        None,
+        (*of_parts, packed.T, mosaic.copied_columns(packed.Hv)),
+        (*of_parts, q_blocks * c.block_q),
+    )
+    out, lse = out[..., : packed.Hv], lse[..., : packed.T]
+    if splits == 1 and operands.sinks is None:
+        out, lse = out[:, :, 0], lse[:, :, 0]
+    else:
+        sinks = _by_row(problem, operands.sinks)
+        out, lse = _merge(out, _of_visited(packed, c, x, schedule, lse), sinks)
+    out = _unpack(problem, out[..., None, :], problem.Hv).astype(problem.dtype)
+    return out, _unpack(problem, lse[..., None, None], 1)[..., 0]
+
+
+def _pack(
+    problem: spec.Problem, operands: spec.Operands, c: Config
+) -> tuple[spec.Problem, spec.Operands]:
+    """The problem of K heads whose rows are all heads of a group at each token.
+
+    The query is then [B, K, rows, H]. Sinks are left to the end: each takes part once, whatever the
+    number of parts.
+    """
+    p = problem
+    rows = p.T * p.G
+    query = operands.query.reshape(p.B, p.T, p.K, p.G, p.H).swapaxes(1, 2)
+    query = query.reshape(p.B, p.K, rows, p.H)
+    slopes = _by_row(p, operands.alibi_slopes)
+    if slopes is not None:
+        slopes = jnp.pad(slopes, ((0, 0), (0, -rows % c.block_q)))
+    x = operands._replace(query=query, alibi_slopes=slopes, sinks=None)
+    structs = jax.tree.map(lambda y: jax.ShapeDtypeStruct(y.shape, y.dtype), x)
+    structs = structs._replace(query=jax.ShapeDtypeStruct((p.B, rows, p.K, p.H), p.dtype))
+    return dataclasses.replace(p, operands=structs, rows_per_position=p.G), x
+
+
+def _by_row(problem: spec.Problem, of_heads: Any) -> Any:
+    """Numbers of heads [N] as numbers of packed rows [K, rows] float32."""
+    if of_heads is None:
+        return None
+    by_group = of_heads.astype(jnp.float32).reshape(problem.K, problem.G)
+    return jnp.tile(by_group, (1, problem.T))
+
+
+def _unpack(problem: spec.Problem, x: jax.Array, columns: int) -> jax.Array:
+    """[B, K, rows, 1, columns] as [B, T, N, columns]."""
+    p = problem
+    return x.reshape(p.B, p.K, p.T, p.G, columns).swapaxes(1, 2).reshape(p.B, p.T, p.N, columns)
+
+
+def _of_visited(
+    packed: spec.Problem, c: Config, x: spec.Operands, schedule: Schedule, lse: jax.Array
+) -> jax.Array:
+    """The lse [B, K, splits, rows], -inf in parts that have no visits of their own."""
+
+    def count(batch: jax.Array, q_block: jax.Array) -> jax.Array:
+        walk = walk_of(packed, c, x, Work(batch, None, q_block))
+        return parts_with_visits(walk, schedule.splits)
+
+    batch, q_block = jnp.arange(packed.B), jnp.arange(schedule.q_blocks)
+    counts = jax.vmap(jax.vmap(count, (None, 0)), (0, None))(batch, q_block)
+    counts = jnp.repeat(counts, c.block_q, axis=1)[:, None, None, : packed.T]
+    return jnp.where(jnp.arange(schedule.splits)[:, None] < counts, lse, -jnp.inf)
+
+
+def _merge(out: jax.Array, lse: jax.Array, sinks: Any) -> tuple[jax.Array, jax.Array]:
+    """Of parts [B, K, splits, rows, Hv] the whole [B, K, rows, Hv], with sinks [K, rows]."""
+    m = jnp.max(lse, axis=2)
+    weights = spec.softmax.probabilities(jnp.moveaxis(lse, 2, -1), m)
+    weights = jnp.moveaxis(weights, -1, 2)
+    parts = jnp.where(weights[..., None] > 0, weights[..., None] * out.astype(lse.dtype), 0)
+    state = spec.softmax.State(m, jnp.sum(weights, axis=2), jnp.sum(parts, axis=2))
+    return spec.softmax.finish(state, sinks)
+
+
+def decode_config(problem: spec.Problem) -> Config:
+    """Large tiles, for few visits, and as many stages as there is room for."""
+    wide = max(problem.H, problem.Hv)
+    for stages in _STAGES:
+        c = Config(consumers=1, block_kv=128 if wide <= 128 else ROWS, stages=stages, q_stages=1)
+        if c.staging(problem.H, problem.Hv) is not None:
+            return c
+    raise AssertionError("two stages of 64 keys always fit")
+
+
+def choose_splits(problem: spec.Problem, c: Config) -> int:
+    """The number of parts with which the last block is done first, lengths being as they may be.
+
+    Sequences of different lengths end at different times: by half a part, on the average.
+    """
+    p = problem
+    keys = p.S
+    if p.band.lo is not None:
+        keys = min(keys, p.T - p.band.lo + c.block_kv)
+    visits = pl.cdiv(keys, c.block_kv)
+    tiles = p.B * p.K * pl.cdiv(p.T * p.G, c.block_q)
+    blocks = gpu.multiprocessors(p.device)
+
+    def cost(splits: int) -> float:
+        size = pl.cdiv(visits, splits)
+        rounds = pl.cdiv(tiles * splits, blocks)
+        uneven = size / 2 if p.B > 1 else 0.0
+        merge = _COST_OF_MERGE if splits > 1 else 0.0
+        return rounds * (size + _COST_OF_PART) + uneven + merge
+
+    return min(range(1, min(visits, _MAX_PARTS) + 1), key=cost)
+
+
+def supports_decode(problem: spec.Problem) -> str | None:
+    """Why this kernel cannot run a problem, or None."""
+    if problem.T > _MAX_TOKENS:
+        return f"decodes up to {_MAX_TOKENS} new tokens at once; got {problem.T}"
+    return supports(problem)

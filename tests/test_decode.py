@@ -1,0 +1,239 @@
+"""Decoding and chunked prefill: every backend against the reference, whatever else memory holds."""
+
+import contextlib
+import dataclasses
+import doctest
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxflash
+from jaxflash import inference
+from pallas_kernels import mosaic
+from tests import oracle
+from tests.test_conformance import INTERPRETS, ON_GPU
+
+BACKENDS = ("hopper", "xla")
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """Sequences that hold so many tokens, of which T are new."""
+
+    name: str
+    lengths: tuple[int, ...]
+    T: int = 1
+    S: int = 512
+    N: int = 4
+    K: int = 2
+    H: int = 32
+    Hv: int | None = None
+    page_size: int | None = None
+    dtype: str = "bfloat16"
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    only_gpu: bool = False
+
+
+_SLOPES, _SINKS = np.linspace(0.1, 0.4, 4, dtype=np.float32), np.array([0.5, -1, 2, 0], np.float32)
+CALLS = [
+    Call("one_token", (500, 31, 1)),
+    Call("full_cache", (512, 512)),
+    Call("empty_sequence", (0, 300)),
+    Call("several_tokens", (500, 140), T=5),
+    Call("longer_than_held", (3, 400), T=7),
+    Call("many_rows", (200, 77), T=16, N=16, K=2, S=256),
+    Call("multi_query", (500, 31), N=8, K=1),
+    Call("every_head_its_own", (257, 128), K=4),
+    Call("value_dim", (500, 31), H=24, Hv=40),
+    Call("odd_capacity", (300, 17), S=301),
+    Call("float16", (500, 31), dtype="float16"),
+    Call("window", (500, 90), T=2, options={"local_window_size": (100, 0)}),
+    Call("window_ahead", (500, 90), T=3, options={"local_window_size": (64, 64)}),
+    Call("soft_cap", (500, 90), options={"logits_soft_cap": 2.0}),
+    Call("alibi_and_sinks", (500, 2), T=3, options={"alibi_slopes": _SLOPES, "sinks": _SINKS}),
+    Call("pages_16", (500, 31, 1), page_size=16),
+    Call("pages_32", (500, 33), T=2, page_size=32, H=24),
+    Call("pages_64", (512, 64), page_size=64),
+    Call("pages_128", (129, 400), page_size=128, N=8),
+    Call("pages_256", (257, 256, 0), page_size=256),
+    Call("pages_everything", (500, 300), T=2, page_size=16, options={
+        "local_window_size": (150, 0), "logits_soft_cap": 3.0, "alibi_slopes": _SLOPES,
+        "sinks": _SINKS, "scale": 0.3,
+    }),
+    Call("chunk_of_prefill", (400, 130), T=70, page_size=64),
+    Call("chunk_of_prefill_16", (512, 90), T=90, page_size=16, options={"sinks": _SINKS}),
+    Call("contiguous_chunk", (400, 130), T=70),
+    Call("wide", (700, 3000), S=4096, N=8, K=2, H=256, only_gpu=True),
+    Call("long", (40000, 17), S=65536, N=32, K=8, H=128, page_size=64, only_gpu=True),
+    Call("long_of_its_own", (40000, 65536), S=65536, N=8, K=8, H=64, only_gpu=True),
+]  # fmt: skip
+# The interpreter takes seconds for each.
+INTERPRETED = (
+    "several_tokens", "longer_than_held", "many_rows", "value_dim", "odd_capacity", "window",
+    "alibi_and_sinks", "pages_32", "pages_256", "pages_everything", "chunk_of_prefill_16",
+    "empty_sequence",
+)  # fmt: skip
+
+
+def _runs() -> list[Any]:
+    return [
+        pytest.param(backend, call, id=f"{call.name}-{backend}")
+        for backend in BACKENDS
+        for call in CALLS
+        if (ON_GPU or not call.only_gpu)
+        and (backend != "hopper" or ON_GPU or (INTERPRETS and call.name in INTERPRETED))
+    ]
+
+
+@contextlib.contextmanager
+def _running(backend: str) -> Iterator[None]:
+    interpreted = backend == "hopper" and not ON_GPU
+    with mosaic.interpreting() if interpreted else contextlib.nullcontext():
+        yield
+
+
+def _arrays(call: Call) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Query, and a cache that is NaN where no sequence holds a token."""
+    rng = np.random.default_rng(list(call.name.encode()))
+    B, Hv = len(call.lengths), call.Hv or call.H
+    shapes = (B, call.T, call.N, call.H), (B, call.S, call.K, call.H), (B, call.S, call.K, Hv)
+    query, *cache = (rng.standard_normal(s).astype(jnp.dtype(call.dtype)) for s in shapes)
+    beyond = np.arange(call.S) >= np.array(call.lengths)[:, None]
+    for x in cache:
+        x[beyond] = np.nan
+    return query, cache[0], cache[1]
+
+
+def _paged(call: Call, key: np.ndarray, value: np.ndarray) -> tuple[Any, ...]:
+    """The same cache in pages in random order, with pages of NaN that no sequence holds."""
+    size = call.page_size
+    assert size is not None
+    rng = np.random.default_rng(7)
+    B, M = len(call.lengths), call.S // size
+    P = B * M + 3
+    table = rng.permutation(P)[: B * M].reshape(B, M)
+    pages = []
+    for x in (key, value):
+        held = np.full((P, size, *x.shape[2:]), np.nan, x.dtype)
+        held[table] = x.reshape(B, M, size, *x.shape[2:])
+        pages.append(held)
+    used = np.arange(M) * size < np.array(call.lengths)[:, None]
+    table = np.where(used, table, rng.choice([-1, P, 2**31 - 1], table.shape))
+    return *pages, table.astype(np.int32)
+
+
+def _attend(call: Call, backend: Any) -> tuple[jax.Array, jax.Array]:
+    query, key, value = _arrays(call)
+    lengths = jnp.array(call.lengths, jnp.int32)
+    options = call.options | {"implementation": backend, "return_residual": True}
+
+    @jax.jit
+    def run(query: Any, lengths: Any, *cache: Any) -> Any:
+        if call.page_size is None:
+            return jaxflash.decode_attention(query, *cache, lengths, **options)
+        return jaxflash.paged_attention(query, *cache, lengths, **options)
+
+    cache = (key, value) if call.page_size is None else _paged(call, key, value)
+    with _running(backend):
+        return jax.block_until_ready(run(query, lengths, *cache))
+
+
+@pytest.mark.parametrize(("backend", "call"), _runs())
+def test_out_and_lse(backend: str, call: Call) -> None:
+    """Against dot_product_attention of each sequence's own tokens, in float32."""
+    query, key, value = _arrays(call)
+    out, lse = _attend(call, backend)
+    assert out.dtype == query.dtype
+    for b, length in enumerate(call.lengths):
+        of_sequence = query[b : b + 1], key[b : b + 1, :length], value[b : b + 1, :length]
+        options = call.options | {"is_causal": True, "query_offset": length - call.T}
+        wide = (x.astype(np.float32) for x in of_sequence)
+        truth = oracle.reference_in(None)(*wide, **options)
+        attained = oracle.reference_in(query.dtype)(*of_sequence, **options)
+        found = (out[b : b + 1], lse[b : b + 1])
+        for name, *arrays in zip(("out", "lse"), found, attained, truth, strict=True):
+            oracle.check_array(name, *map(np.asarray, arrays), query.dtype)
+
+
+def test_examples_in_docstrings_run() -> None:
+    result = doctest.testmod(inference)
+    assert result.attempted > 5
+    assert result.failed == 0
+
+
+def test_pages_may_be_shared() -> None:
+    """Two sequences with a common prefix give what they give with pages of their own."""
+    rng = np.random.default_rng(0)
+    pages = rng.standard_normal((2, 6, 16, 2, 8)).astype(np.float32)
+    query = rng.standard_normal((2, 1, 4, 8)).astype(np.float32)
+    query[1] = query[0]
+    lengths = jnp.array([40, 40], jnp.int32)
+    table = jnp.array([[3, 1, 5], [3, 1, 0]], jnp.int32)
+    own = jnp.array([[3, 1, 5], [4, 2, 0]], jnp.int32)
+    copied = pages.copy()
+    copied[:, [4, 2]] = pages[:, [3, 1]]
+    shared = jaxflash.paged_attention(query, *pages, table, lengths)
+    apart = jaxflash.paged_attention(query, *copied, own, lengths)
+    np.testing.assert_array_equal(shared, apart)
+    assert np.abs(shared[0] - shared[1]).max() > 0.01
+
+
+def test_any_batch_rank() -> None:
+    query, key, value = (np.ones((2, 3, n, 2, 8), np.float32) for n in (1, 20, 20))
+    lengths = jnp.arange(1, 7, dtype=jnp.int32).reshape(2, 3)
+    assert jaxflash.decode_attention(query, key, value, lengths).shape == (2, 3, 1, 2, 8)
+
+
+_Q, _C = np.ones((2, 1, 4, 8), np.float32), np.ones((2, 32, 2, 8), np.float32)
+_PAGES, _TABLE = np.ones((5, 16, 2, 8), np.float32), np.array([[0, 1], [4, 2]], np.int32)
+_LENGTHS = np.array([20, 32], np.int32)
+
+
+def test_decode_refuses() -> None:
+    with pytest.raises(ValueError, match=r"lengths must lie in \[0, S\] = \[0, 32\]; got 33"):
+        jaxflash.decode_attention(_Q, _C, _C, np.array([20, 33]))
+    with pytest.raises(ValueError, match=r"lengths must have shape \[\*B\] = \(2,\)"):
+        jaxflash.decode_attention(_Q, _C, _C, jnp.array([1], jnp.int32))
+    with pytest.raises(TypeError, match="lengths must hold integers; got float"):
+        jaxflash.decode_attention(_Q, _C, _C, [1.0, 2.0])
+    with pytest.raises(ValueError, match="query heads N must be a multiple"):
+        jaxflash.decode_attention(_Q[:, :, :3], _C, _C, _LENGTHS)
+    with pytest.raises(ValueError, match=r"'hopper' refuses: (needs a Hopper GPU|multiplies)"):
+        jaxflash.decode_attention(_Q, _C, _C, _LENGTHS, implementation="hopper")
+
+
+def test_paged_refuses() -> None:
+    with pytest.raises(ValueError, match=r"page_size must be one of \(16, 32, 64, 128, 256\)"):
+        jaxflash.paged_attention(_Q, _PAGES[:, :8], _PAGES[:, :8], _TABLE, _LENGTHS)
+    with pytest.raises(ValueError, match=r"must hold pages in \[0, 5\).*; got 5 at \[1, 1\]"):
+        jaxflash.paged_attention(_Q, _PAGES, _PAGES, np.array([[0, 1], [4, 5]]), _LENGTHS)
+    with pytest.raises(ValueError, match=r"lengths must lie in \[0, M \* page_size\] = \[0, 32\]"):
+        jaxflash.paged_attention(_Q, _PAGES, _PAGES, _TABLE, np.array([20, 40]))
+    with pytest.raises(ValueError, match=r"page_table must have shape \[B, M\] = \(2, M\)"):
+        jaxflash.paged_attention(_Q, _PAGES, _PAGES, _TABLE[:1], _LENGTHS)
+    with pytest.raises(ValueError, match="as many pages of as many tokens"):
+        jaxflash.paged_attention(_Q, _PAGES, _PAGES[:4], _TABLE, _LENGTHS)
+    with pytest.raises(ValueError, match="key_pages must have four axes"):
+        jaxflash.paged_attention(_Q, _PAGES[0], _PAGES, _TABLE, _LENGTHS)
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_debug_checks(jitted: bool) -> None:
+    def decode(lengths: jax.Array) -> Any:
+        return jaxflash.decode_attention(_Q, _C, _C, lengths, debug_checks=True)
+
+    def paged(table: jax.Array) -> Any:
+        lengths = jnp.asarray(_LENGTHS)
+        return jaxflash.paged_attention(_Q, _PAGES, _PAGES, table, lengths, debug_checks=True)
+
+    kind = jax.errors.JaxRuntimeError if jitted else ValueError
+    decode, paged = (jax.jit(decode), jax.jit(paged)) if jitted else (decode, paged)
+    jax.block_until_ready((decode(jnp.asarray(_LENGTHS)), paged(jnp.asarray(_TABLE))))
+    with pytest.raises(kind, match=r"lengths must lie in \[0, S\] = \[0, 32\]; got -1"):
+        jax.block_until_ready(decode(jnp.array([20, -1], jnp.int32)))
+    with pytest.raises(kind, match=r"got 9 at \[0, 1\]"):
+        jax.block_until_ready(paged(jnp.array([[0, 9], [4, 2]], jnp.int32)))
