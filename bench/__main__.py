@@ -16,6 +16,7 @@ TABLES: dict[str, tuple[str, str]] = {
     "speed": ("bench.speed", "forward time of every implementation at the seed document's shapes"),
     "forward": ("bench.forward", "the forward by shape and option, against the best peer of each"),
     "backward": ("bench.backward", "the same with gradients, and the backward alone"),
+    "decode": ("bench.decode", "new tokens against a cache, contiguous and in pages: TB/s"),
     "train": ("bench.train", "loss curves of a transformer with a kernel and with the reference"),
     "tune": ("bench.tune", "measure configurations of the Hopper forward for the library's table"),
     "long": ("bench.long", "time at long sequences, causal and full, forward and with gradients"),

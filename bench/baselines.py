@@ -118,6 +118,12 @@ def flash_attn3() -> Implementation:
     )
 
 
+def fa3_kvcache() -> tuple[Callable[..., Any] | None, str | None]:
+    """FlashAttention-3 against a cache, or why it is not there."""
+    module, reason = _peer("flash_attn3_jax")
+    return module and module.flash_mha_with_kvcache, reason
+
+
 def _peer(module_name: str) -> tuple[Any, str | None]:
     """Imports an optional package; says why when it cannot."""
     try:

@@ -1,0 +1,309 @@
+"""New tokens against a cache: how near to the memory's speed, beside the best peer."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxflash
+from bench import baselines, results
+from bench.parity import tile_error
+from bench.timing import Compiler, Program, Timing, device_clock, interleaved
+from pallas_kernels.spec import Band
+
+SUMMARY = "Effective TB/s of decoding and paged attention, and TFLOP/s of prefill in chunks."
+OURS, OURS_PAGED = "jaxflash", "jaxflash, pages"
+PAGE_SIZE = 64
+_SPLITS = (4, 16)  # of FA3, which does not choose by itself here: the better one counts
+_FEW = 16  # new tokens: with more, operations are what counts
+_CEILING_BYTES = 2**32
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Caches of some sequences, and the new tokens that look at them."""
+
+    lengths: tuple[int, ...]  # tokens held, the new ones included
+    query_heads: int
+    kv_heads: int
+    T: int = 1
+    head_dim: int = 128
+    paged_only: bool = False
+
+    @property
+    def label(self) -> str:
+        """As `B8 S8192 N32/8 H128`."""
+        low, high = min(self.lengths), max(self.lengths)
+        length = f"S{high}" if low == high else f"S{low}..{high}"
+        new = f" T{self.T}" if self.T > 1 else ""
+        heads = f"N{self.query_heads}/{self.kv_heads}"
+        return f"B{len(self.lengths)} {length}{new} {heads} H{self.head_dim}"
+
+    @property
+    def is_even(self) -> bool:
+        return len(set(self.lengths)) == 1
+
+    @property
+    def capacity(self) -> int:
+        return -(-max(self.lengths) // PAGE_SIZE) * PAGE_SIZE
+
+    @property
+    def bytes(self) -> int:
+        """Of keys and values that are needed."""
+        return sum(self.lengths) * self.kv_heads * self.head_dim * 2 * 2
+
+    @property
+    def flops(self) -> float:
+        """4 * N * H for each visible pair."""
+        pairs = sum(Band(None, n - self.T).area(self.T, n) for n in self.lengths)
+        return 4.0 * self.query_heads * self.head_dim * pairs
+
+    def arrays(self, *, paged: bool) -> tuple[Any, ...]:
+        """Query, keys, values, lengths; the same in pages in random order, with their table."""
+        B, K, H = len(self.lengths), self.kv_heads, self.head_dim
+        M = self.capacity // PAGE_SIZE
+        used = [-(-n // PAGE_SIZE) for n in self.lengths]
+        shape = (sum(used), PAGE_SIZE, K, H) if paged else (B, self.capacity, K, H)
+        keys = [jax.random.key(i, impl="rbg") for i in range(3)]
+        query = jax.random.normal(keys[0], (B, self.T, self.query_heads, H), jnp.bfloat16)
+        cache = tuple(jax.random.normal(key, shape, jnp.bfloat16) for key in keys[1:])
+        lengths = jnp.array(self.lengths, jnp.int32)
+        if not paged:
+            return query, *cache, lengths
+        pages = np.random.default_rng(0).permutation(sum(used)).astype(np.int32)
+        table = np.full((B, M), -1, np.int32)
+        for b, run in enumerate(np.split(pages, np.cumsum(used)[:-1])):
+            table[b, : len(run)] = run
+        return query, *cache, jnp.asarray(table), lengths
+
+
+def problems() -> dict[str, list[Problem]]:
+    """What is measured, by heading."""
+    rng = np.random.default_rng(0)
+    ragged = tuple(int(n) for n in rng.permutation(np.linspace(1024, 65536, 64).astype(int)))
+    even = (sum(ragged) // len(ragged),) * len(ragged)
+    return {
+        "One new token": [
+            Problem((32768,), 32, 8),
+            Problem((8192,) * 8, 32, 8),
+            Problem((8192,) * 32, 32, 8),
+            Problem((2048,) * 64, 64, 8),
+            Problem((16384,) * 4, 32, 32),
+            Problem((131072,), 64, 8),
+        ],
+        "Several new tokens, other heads": [
+            Problem((8192,) * 8, 32, 8, T=4),
+            Problem((8192,) * 8, 32, 8, T=16),
+            Problem((8192,) * 8, 32, 8, head_dim=64),
+            Problem((8192,) * 8, 16, 4, head_dim=256),
+        ],
+        "Lengths that differ, and their mean": [
+            Problem(ragged, 32, 8, paged_only=True),
+            Problem(even, 32, 8, paged_only=True),
+        ],
+        "Prefill in chunks": [Problem((8192,) * 4, 32, 8, T=512)],
+    }
+
+
+def functions(problem: Problem, device: jax.Device) -> dict[str, tuple[Callable[..., Any], bool]]:
+    """Implementations, and whether each takes pages."""
+    found: dict[str, tuple[Callable[..., Any], bool]] = {}
+    if not problem.paged_only:
+        found[OURS] = (jaxflash.decode_attention, False)
+    found[OURS_PAGED] = (jaxflash.paged_attention, True)
+    if device.platform != "gpu":
+        return found
+    if problem.is_even and problem.T == 1 and not problem.paged_only:
+        found["cudnn"] = (_cudnn, False)
+    kvcache, _ = baselines.fa3_kvcache()
+    if kvcache is not None and problem.head_dim == baselines.FA3_HEAD_DIM:
+        for splits in _SPLITS if problem.T <= _FEW else (1,):
+            call = functools.partial(_fa3, kvcache, splits)
+            if not problem.paged_only:
+                found[f"fa3, {splits} splits"] = (call, False)
+            found[f"fa3, {splits} splits, pages"] = (functools.partial(_fa3_paged, call), True)
+    return found
+
+
+def _cudnn(query: Any, key: Any, value: Any, lengths: Any) -> jax.Array:
+    del lengths  # all as long as the cache
+    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+
+
+def _fa3(
+    kvcache: Callable[..., Any], splits: int, query: Any, key: Any, value: Any, lengths: Any,
+    page_table: Any = None,
+) -> Any:  # fmt: skip
+    return kvcache(
+        query, key, value, cache_seqlens=lengths, page_table=page_table, is_causal=True,
+        num_splits=splits,
+    )  # fmt: skip
+
+
+def _fa3_paged(
+    call: Callable[..., Any], query: Any, key: Any, value: Any, table: Any, lengths: Any
+) -> Any:
+    return call(query, key, value, lengths, jnp.maximum(table, 0))
+
+
+def expected(problem: Problem, arrays: tuple[Any, ...], *, paged: bool) -> np.ndarray:
+    """The first sequence's output for the first head of the keys, in float32."""
+    query, key, value = (np.asarray(x) for x in _first(problem, arrays, paged))
+    groups, n = problem.query_heads // problem.kv_heads, problem.lengths[0]
+    logits = np.einsum("tgh,sh->gts", query[:, :groups], key) * problem.head_dim**-0.5
+    seen = Band(None, 0).allowed(n - problem.T + np.arange(problem.T)[:, None], np.arange(n))
+    logits = np.where(seen, logits, -np.inf)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return np.einsum("gts,sh->tgh", weights, value)[None]
+
+
+def _first(problem: Problem, arrays: tuple[Any, ...], paged: bool) -> tuple[Any, ...]:
+    n = problem.lengths[0]
+    query, *cache = arrays[:3]
+    if paged:
+        pages = arrays[3][0, : -(-n // PAGE_SIZE)]
+        cache = [x[pages, :, 0].reshape(-1, problem.head_dim) for x in cache]
+    else:
+        cache = [x[0, :, 0] for x in cache]
+    return query[0].astype(jnp.float32), *(x[:n].astype(jnp.float32) for x in cache)
+
+
+def measure(
+    problem: Problem, compiler: Compiler, repeats: int, device: jax.Device
+) -> tuple[dict[str, Timing], dict[str, str]]:
+    """Times, and why others have none: a wrong answer is not timed."""
+    programs, reasons = {}, {}
+    inputs = {
+        p: problem.arrays(paged=p) for p in ((True,) if problem.paged_only else (False, True))
+    }
+    wanted = {p: expected(problem, arrays, paged=p) for p, arrays in inputs.items()}
+    waiting = {}
+    for name, (function, paged) in functions(problem, device).items():
+        try:
+            waiting[name] = compiler.submit(function, *inputs[paged]), paged
+        except (ValueError, NotImplementedError) as error:
+            reasons[name] = results.first_line(error)
+    groups = problem.query_heads // problem.kv_heads
+    for name, (future, paged) in waiting.items():
+        try:
+            program = Program(future.result(), inputs[paged])
+            out = program()
+        except jax.errors.JaxRuntimeError as error:
+            reasons[name] = results.first_line(error)
+            continue
+        out = out[0] if isinstance(out, tuple) else out
+        off = tile_error(np.asarray(out[:1, :, :groups], np.float32), wanted[paged])
+        if off <= float(jnp.finfo(jnp.bfloat16).eps):
+            programs[name] = program
+        else:
+            reasons[name] = f"wrong: relative error {off:.2e}"
+    return interleaved(programs, device_clock(device), warmup=1, repeats=repeats), reasons
+
+
+def ceilings(device: jax.Device) -> dict[str, float]:
+    """TB/s of reading an array, and of copying one (bytes read and written)."""
+    x = jnp.ones(_CEILING_BYTES // 4 if device.platform == "gpu" else 2**20, jnp.float32)
+    programs = {
+        "read": Program(jax.jit(jnp.sum).lower(x).compile(), (x,)),
+        "copy": Program(jax.jit(lambda x: x + 1).lower(x).compile(), (x,)),
+    }
+    timed = interleaved(programs, device_clock(device), warmup=1, repeats=5)
+    return {
+        name: (1 + (name == "copy")) * x.nbytes / timing.median_ms / 1e9
+        for name, timing in timed.items()
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the table; 1 when an implementation gave a wrong answer."""
+    parser = argparse.ArgumentParser(prog="python -m bench decode", description=SUMMARY)
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="headings that contain a word")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--out", type=Path, default=results.RESULTS, metavar="DIR")
+    options = parser.parse_args(argv)
+    device, compiler, footnotes = jax.devices()[0], Compiler(), results.Footnotes()
+    limits = ceilings(device)
+    sections = [
+        "Each cell: median us / TB/s of the keys and values needed; prefill: TFLOP/s. FA3 is given "
+        f"{' and '.join(map(str, _SPLITS))} splits, the better one counts. Ratios: the best peer's "
+        f"time over ours, contiguous to contiguous and pages ({PAGE_SIZE} tokens) to pages.",
+        f"In the same run an array is read at {limits['read']:.2f} TB/s and copied at "
+        f"{limits['copy']:.2f} (read and written).",
+    ]
+    records: list[dict[str, Any]] = []
+    for heading, rows in problems().items():
+        if options.only and not any(word.lower() in heading.lower() for word in options.only):
+            continue
+        lines = []
+        for problem in rows:
+            timings, reasons = measure(problem, compiler, options.repeats, device)
+            lines.append(_line(problem, timings, reasons, footnotes))
+            print(" | ".join(lines[-1]), flush=True)
+            records += _records(problem, timings, reasons)
+        sections += [f"### {heading}", results.markdown_table(_HEADERS, lines)]
+    sections.append(footnotes.text())
+    origin = results.origin(device)
+    title = "Decoding and paged attention"
+    report = results.Report("decode", "", title, sections, [r | limits | origin for r in records])
+    results.publish(report, device, options.out)
+    return int(any(str(r["reason"]).startswith("wrong") for r in records))
+
+
+_HEADERS = ["", "cudnn", "fa3", OURS, "ratio", "fa3, pages", OURS_PAGED, "ratio"]
+
+
+def _line(
+    problem: Problem,
+    timings: Mapping[str, Timing],
+    reasons: Mapping[str, str],
+    footnotes: results.Footnotes,
+) -> list[str]:
+    def best(paged: bool) -> str:
+        names = [
+            n for n in (*timings, *reasons) if n.startswith("fa3") and n.endswith("pages") == paged
+        ]
+        timed = [n for n in names if n in timings]
+        return min(timed, key=lambda n: timings[n].median_ms) if timed else (names or [""])[0]
+
+    def entry(name: str) -> str:
+        if name in timings:
+            return _entry(problem, timings[name].median_ms)
+        return footnotes.empty_cell(reasons[name]) if name in reasons else ""
+
+    def ratio(ours: str, *peers: str) -> str:
+        found = [timings[p].median_ms for p in peers if p in timings]
+        return f"{min(found) / timings[ours].median_ms:.3f}" if found and ours in timings else ""
+
+    fa3, fa3_paged = best(False), best(True)
+    return [
+        problem.label,
+        *map(entry, ("cudnn", fa3, OURS)),
+        ratio(OURS, "cudnn", fa3),
+        *map(entry, (fa3_paged, OURS_PAGED)),
+        ratio(OURS_PAGED, fa3_paged),
+    ]
+
+
+def _entry(problem: Problem, ms: float) -> str:
+    if problem.T > _FEW:
+        return f"{ms * 1e3:.4g} / {problem.flops / ms / 1e9:.0f}"
+    return f"{ms * 1e3:.4g} / {problem.bytes / ms / 1e9:.2f}"
+
+
+def _records(
+    problem: Problem, timings: Mapping[str, Timing], reasons: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    common = {"problem": problem.label, "bytes": problem.bytes, "flops": problem.flops}
+    timed = [
+        common | {"implementation": n, "reason": None} | t.record() for n, t in timings.items()
+    ]
+    return timed + [common | {"implementation": n, "reason": r} for n, r in reasons.items()]
