@@ -208,6 +208,12 @@ def _run(
 
 def _hopper(problem: spec.Problem, operands: spec.Operands) -> Results:
     """The kernel for few new tokens, or that of the forward for many."""
+    # The kernel finds offsets from lengths: a subtraction less to launch.
+    operands = operands._replace(query_offset=None)
+    structs = problem.operands._replace(query_offset=None)
+    problem = dataclasses.replace(
+        problem, operands=structs, query_offset=-problem.T, from_last_key=True
+    )
     if hopper.supports_decode(problem) is None:
         return hopper.decode(problem, operands)
     return tuning.hopper_forward(problem, operands)

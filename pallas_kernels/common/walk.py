@@ -27,20 +27,22 @@ class Walk(NamedTuple):
 def part(walk: Walk, number: Any, parts: int) -> Walk:
     """One of so many parts, of equal length, that a walk is divided into.
 
-    What is beyond the end is one visit that needs a mask, to a tile that others visit too; the
-    caller leaves out what it gives. See `parts_with_visits`.
+    A part beyond the walk's end has one visit, to a tile that others visit too: see `part_exists`.
     """
-    size = lax.div(walk.count + (parts - 1), parts)
+    size = _size_of_part(walk, parts)
     first = jnp.minimum(number * size, walk.count - 1)
     count = jnp.clip(walk.count - first, 1, size)
     masked = jnp.clip(walk.masked - first, 0, count)
     return Walk(count, masked, lambda visit: walk.tile(first + visit))
 
 
-def parts_with_visits(walk: Walk, parts: int) -> Any:
-    """How many parts have visits that no part before them has."""
-    size = lax.div(walk.count + (parts - 1), parts)
-    return lax.div(walk.count + (size - 1), size)
+def part_exists(walk: Walk, number: Any, parts: int) -> Any:
+    """Whether a part has visits of its own."""
+    return number * _size_of_part(walk, parts) < walk.count
+
+
+def _size_of_part(walk: Walk, parts: int) -> Any:
+    return lax.div(walk.count + (parts - 1), parts)
 
 
 def of_band(band: Band, rows: tuple[Any, Any], keys: Any, block_kv: int) -> Walk:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import mosaic, spec
 from pallas_kernels.common.schedule import Schedule, Work
-from pallas_kernels.common.walk import Walk, part, parts_with_visits
+from pallas_kernels.common.walk import Walk, part, part_exists
 from pallas_kernels.hopper import gpu
 from pallas_kernels.hopper.config import ROWS, Config
 from pallas_kernels.hopper.forward import launch, supports
@@ -25,10 +25,11 @@ from pallas_kernels.hopper.kernel import Forward, walk_of
 
 _MAX_TOKENS = 16
 _STAGES = (6, 5, 4, 3, 2)
-# What a part of a walk costs beside its visits, and what it costs that there are parts to merge, in
-# visits.
-_COST_OF_PART, _COST_OF_MERGE = 1.0, 1.5
-_MAX_PARTS = 128
+# In visits: what a part of a walk costs beside them, what it costs that there are parts to merge,
+# and what share of a part the last block is late by where sequences differ. The first two measured
+# (bench/LOG.md, decoding), the third a compromise.
+_COST_OF_PART, _COST_OF_MERGE, _LATE = 0.5, 1.0, 1 / 8
+_MAX_PARTS = 32
 
 
 class Decode(Forward):
@@ -36,8 +37,16 @@ class Decode(Forward):
 
     def walk(self, work: Work) -> Walk:
         """The tiles of keys that a part of a tile of queries visits."""
-        walk = walk_of(self.problem, self.config, self.refs.x, work)
-        return walk if self.schedule.splits == 1 else part(walk, work.split, self.schedule.splits)
+        whole = walk_of(self.problem, self.config, self.refs.x, work)
+        parts = self.schedule.splits
+        return whole if parts == 1 else part(whole, work.split, parts)
+
+    def row_count(self, work: Work) -> Any:
+        parts = self.schedule.splits
+        if parts == 1:
+            return None
+        whole = walk_of(self.problem, self.config, self.refs.x, work)
+        return jnp.where(part_exists(whole, work.split, parts), self.problem.T, 0)
 
     def query(self, work: Work, rows: Any) -> mosaic.Ref:
         return self.refs.x.query.at[work.batch, work.head, rows]
@@ -88,7 +97,7 @@ def decode(
         out, lse = out[:, :, 0], lse[:, :, 0]
     else:
         sinks = _by_row(problem, operands.sinks)
-        out, lse = _merge(out, _of_visited(packed, c, x, schedule, lse), sinks)
+        out, lse = _merge(out, lse, sinks)
     out = _unpack(problem, out[..., None, :], problem.Hv).astype(problem.dtype)
     return out, _unpack(problem, lse[..., None, None], 1)[..., 0]
 
@@ -128,29 +137,17 @@ def _unpack(problem: spec.Problem, x: jax.Array, columns: int) -> jax.Array:
     return x.reshape(p.B, p.K, p.T, p.G, columns).swapaxes(1, 2).reshape(p.B, p.T, p.N, columns)
 
 
-def _of_visited(
-    packed: spec.Problem, c: Config, x: spec.Operands, schedule: Schedule, lse: jax.Array
-) -> jax.Array:
-    """The lse [B, K, splits, rows], -inf in parts that have no visits of their own."""
-
-    def count(batch: jax.Array, q_block: jax.Array) -> jax.Array:
-        walk = walk_of(packed, c, x, Work(batch, None, q_block))
-        return parts_with_visits(walk, schedule.splits)
-
-    batch, q_block = jnp.arange(packed.B), jnp.arange(schedule.q_blocks)
-    counts = jax.vmap(jax.vmap(count, (None, 0)), (0, None))(batch, q_block)
-    counts = jnp.repeat(counts, c.block_q, axis=1)[:, None, None, : packed.T]
-    return jnp.where(jnp.arange(schedule.splits)[:, None] < counts, lse, -jnp.inf)
-
-
 def _merge(out: jax.Array, lse: jax.Array, sinks: Any) -> tuple[jax.Array, jax.Array]:
     """Of parts [B, K, splits, rows, Hv] the whole [B, K, rows, Hv], with sinks [K, rows]."""
-    m = jnp.max(lse, axis=2)
-    weights = spec.softmax.probabilities(jnp.moveaxis(lse, 2, -1), m)
-    weights = jnp.moveaxis(weights, -1, 2)
-    parts = jnp.where(weights[..., None] > 0, weights[..., None] * out.astype(lse.dtype), 0)
-    state = spec.softmax.State(m, jnp.sum(weights, axis=2), jnp.sum(parts, axis=2))
-    return spec.softmax.finish(state, sinks)
+    parts = [(out[:, :, i].astype(lse.dtype), lse[:, :, i]) for i in range(lse.shape[2])]
+    # Written out, it is one kernel of elementwise operations; XLA makes several of reductions.
+    m = functools.reduce(jnp.maximum, (x for _, x in parts))
+    total, acc = jnp.zeros_like(m), jnp.zeros_like(parts[0][0])
+    for part_out, part_lse in parts:
+        weight = spec.softmax.probabilities(part_lse[..., None], m)
+        total += weight[..., 0]
+        acc += jnp.where(weight > 0, weight * part_out, 0)
+    return spec.softmax.finish(spec.softmax.State(m, total, acc), sinks)
 
 
 def decode_config(problem: spec.Problem) -> Config:
@@ -164,10 +161,7 @@ def decode_config(problem: spec.Problem) -> Config:
 
 
 def choose_splits(problem: spec.Problem, c: Config) -> int:
-    """The number of parts with which the last block is done first, lengths being as they may be.
-
-    Sequences of different lengths end at different times: by half a part, on the average.
-    """
+    """The number of parts with which the last block is done first, lengths being as they may be."""
     p = problem
     keys = p.S
     if p.band.lo is not None:
@@ -175,13 +169,15 @@ def choose_splits(problem: spec.Problem, c: Config) -> int:
     visits = pl.cdiv(keys, c.block_kv)
     tiles = p.B * p.K * pl.cdiv(p.T * p.G, c.block_q)
     blocks = gpu.multiprocessors(p.device)
+    # A part's output is stored and read again, in place of so many keys and values.
+    stored = 2 * min(p.T * p.G, c.block_q) * p.Hv / (c.block_kv * (p.H + p.Hv))
 
     def cost(splits: int) -> float:
         size = pl.cdiv(visits, splits)
         rounds = pl.cdiv(tiles * splits, blocks)
-        uneven = size / 2 if p.B > 1 else 0.0
+        late = size * _LATE if p.B > 1 else 0.0
         merge = _COST_OF_MERGE if splits > 1 else 0.0
-        return rounds * (size + _COST_OF_PART) + uneven + merge
+        return rounds * (size + _COST_OF_PART + stored) + late + merge
 
     return min(range(1, min(visits, _MAX_PARTS) + 1), key=cost)
 

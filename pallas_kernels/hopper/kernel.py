@@ -192,6 +192,12 @@ class Forward(Kernel):
             return found.walk((*tiles.heads_of(found.count, work), work.q_block))
         return walk_of(self.problem, self.config, self.refs.x, work)
 
+    def row_count(self, work: Work) -> Any:
+        """How many rows see anything, the others being empty whatever their logits; None if all."""
+        if self.refs.x.query_lengths is None:
+            return None
+        return tiles.row_count(self.problem, self.refs.x, work.batch)
+
     def query(self, work: Work, rows: Any) -> mosaic.Ref:
         """Rows of a head's queries."""
         return self.refs.x.query.at[work.batch, rows, work.head]

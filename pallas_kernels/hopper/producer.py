@@ -41,7 +41,10 @@ def each_tile(k: Kernel, ticket: mosaic.Ref, load: Callable[[Any, Any, Any], Any
     It is given how many tiles there have been, how many visits, and the tile; and returns how many
     visits it made. Returns the first two, and a tile beyond the last.
     """
-    block, counter = lax.axis_index("block"), mosaic.counter()
+    block, zero = lax.axis_index("block"), jnp.int32(0)
+    if k.schedule.tiles <= k.blocks:  # one for each: no numbers to take, nor to zero beforehand
+        return jnp.int32(1), load(zero, zero, block), block + k.schedule.tiles
+    counter = mosaic.counter()
 
     def one(carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         round_, step, tile = carry
@@ -52,7 +55,7 @@ def each_tile(k: Kernel, ticket: mosaic.Ref, load: Callable[[Any, Any, Any], Any
 
     if mosaic.is_interpreting():
         ticket[0] = block - k.blocks
-    start = (jnp.int32(0), jnp.int32(0), block)
+    start = (zero, zero, block)
     return lax.while_loop(lambda carry: carry[2] < k.schedule.tiles, one, start)
 
 

@@ -12,7 +12,7 @@ from pallas_kernels import mosaic, spec
 from pallas_kernels.common.schedule import Work
 from pallas_kernels.hopper import tile as tiles
 from pallas_kernels.hopper.config import ROWS
-from pallas_kernels.hopper.kernel import LOG2_E, Kernel
+from pallas_kernels.hopper.kernel import LOG2_E, Forward, Kernel
 
 
 class Stats(NamedTuple):
@@ -25,12 +25,12 @@ class Stats(NamedTuple):
     def start(cls) -> "Stats":
         return cls(*(mosaic.full((ROWS,), x, jnp.float32) for x in (-math.inf, 0)))
 
-    def finish(self, k: Kernel, work: Work, row0: Any) -> tuple[jax.Array, jax.Array]:
+    def finish(self, k: Forward, work: Work, row0: Any) -> tuple[jax.Array, jax.Array]:
         """What to multiply rows of O by, and their lse; the sink takes its part here."""
         x, (m, total) = k.refs.x, self
         seen = m != -math.inf
-        if x.query_lengths is not None:
-            count = tiles.row_count(k.problem, x, work.batch)
+        count = k.row_count(work)
+        if count is not None:
             seen &= mosaic.row_iota(ROWS) < count - row0
         factor = jnp.where(seen, 1.0, 0.0)
         m = jnp.where(seen, m, 0.0)

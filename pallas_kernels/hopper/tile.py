@@ -112,7 +112,7 @@ def tile_of(
     """
     batch, head = work.batch, work.head
     row = span.row0 + mosaic.iota(span.shape, 1 if span.turned else 0)
-    offset = problem.query_offset if x.query_offset is None else x.query_offset[batch]
+    offset = _offset(problem, x, batch)
     position = row + offset
     if problem.rows_per_position > 1:
         rows = span.row0 + mosaic.row_iota(span.shape[0])
@@ -161,9 +161,14 @@ def row_count(problem: spec.Problem, x: spec.Operands, batch: Any) -> Any:
 
 def band_of(problem: spec.Problem, x: spec.Operands, batch: Any) -> spec.Band:
     """The band over rows and keys."""
-    if x.query_offset is None:
-        return problem.band.shift(problem.query_offset)
-    return problem.band.shift(x.query_offset[batch])
+    return problem.band.shift(_offset(problem, x, batch))
+
+
+def _offset(problem: spec.Problem, x: spec.Operands, batch: Any) -> Any:
+    """The position of row 0."""
+    if problem.from_last_key:
+        return key_count(problem, x, batch) + problem.query_offset
+    return problem.query_offset if x.query_offset is None else x.query_offset[batch]
 
 
 def modified(

@@ -167,6 +167,8 @@ class Problem:
     # So many consecutive rows stand at one position: heads of a group that are worked on as one.
     # ALiBi's slopes are then [N, rows in whole tiles].
     rows_per_position: int = 1
+    # Whether query_offset counts from each sequence's number of keys; of native kernels.
+    from_last_key: bool = False
 
     @property
     def B(self) -> int:
@@ -213,7 +215,7 @@ class Problem:
     @property
     def static_band(self) -> Band | None:
         """The band over rows and keys, as far as it is known before the arrays are."""
-        if self.operands.query_offset is None:
+        if self.operands.query_offset is None and not self.from_last_key:
             return self.band.shift(self.query_offset)
         return self.band if self.band.is_unbounded else None
 
