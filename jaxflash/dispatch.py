@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxflash import native, reference, xla
+from jaxflash.gathering import gathering
 from pallas_kernels import hopper, spec
 
 Results = tuple[jax.Array, jax.Array]
@@ -30,6 +31,13 @@ BACKENDS = (
     Backend("hopper", hopper.supports, native.forward, native.backward),
     Backend("xla", xla.supports, xla.forward, xla.backward),
     Backend("reference", reference.supports, reference.forward, None),
+)
+
+# The same for attention of new tokens to a cache, whose keys and values may be in pages.
+OF_CACHES = (
+    Backend("hopper", hopper.supports, native.attend_cache, None),
+    Backend("xla", xla.supports, gathering(xla.forward), None),
+    Backend("reference", reference.supports, gathering(reference.forward), None),
 )
 
 

@@ -33,8 +33,8 @@ def folding(function: Function, *, differentiates: bool = False) -> Function:
     """``function`` with a rule for vmap.
 
     Where the number of a batch element matters (score_mod, mask_mod, dropout), or what has no batch
-    axis is mapped (slopes, sinks), the calls run one after the other; so they do where gradients
-    for those are to be returned.
+    axis is mapped (slopes, sinks) or could be (pages), the calls run one after the other; so they
+    do where gradients for those are to be returned.
     """
 
     def folded(problem: spec.Problem, operands: spec.Operands, *rest: jax.Array) -> Any:
@@ -64,6 +64,8 @@ def folding(function: Function, *, differentiates: bool = False) -> Function:
 
 def _folds(problem: spec.Problem, is_mapped: spec.Operands, differentiates: bool) -> bool:
     if problem.score_mod or problem.mask_mod or problem.dropout_rate > 0:
+        return False
+    if problem.operands.page_table is not None:
         return False
     others = set(is_mapped._fields) - set(_BY_BATCH)
     if differentiates and jax.tree.leaves([getattr(problem.operands, n) for n in others]):

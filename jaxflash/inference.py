@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from jaxflash import checks, dispatch, reference, tuning, xla
+from jaxflash import checks, dispatch
 from jaxflash.api import Implementation
 from jaxflash.arguments import canonicalize
 from jaxflash.cache import pages
 from jaxflash.cache.rules import Rule, enforce, integers
-from jaxflash.dispatch import Backend, Results
-from pallas_kernels import hopper, spec
+from jaxflash.varying import varying_like
+from pallas_kernels import spec
 
 
 def decode_attention(
@@ -201,50 +201,10 @@ def _run(
     batch: tuple[int, ...],
 ) -> Any:
     checks.flag("return_residual", return_residual)
-    backend = dispatch.select(problem, implementation, _BACKENDS)
+    backend = dispatch.select(problem, implementation, dispatch.OF_CACHES)
+    operands = varying_like(operands, operands)
     out, lse = (x.reshape(*batch, *x.shape[1:]) for x in backend.forward(problem, operands))
     return (out, lse) if return_residual else out
-
-
-def _hopper(problem: spec.Problem, operands: spec.Operands) -> Results:
-    """The kernel for few new tokens, or that of the forward for many."""
-    # The kernel finds offsets from lengths: a subtraction less to launch.
-    operands = operands._replace(query_offset=None)
-    structs = problem.operands._replace(query_offset=None)
-    problem = dataclasses.replace(
-        problem, operands=structs, query_offset=-problem.T, from_last_key=True
-    )
-    if hopper.supports_decode(problem) is None:
-        return hopper.decode(problem, operands)
-    return tuning.hopper_forward(problem, operands)
-
-
-def _xla(problem: spec.Problem, operands: spec.Operands) -> Results:
-    return xla.forward(*_gathered(problem, operands))
-
-
-def _reference(problem: spec.Problem, operands: spec.Operands) -> Results:
-    return reference.forward(*_gathered(problem, operands))
-
-
-def _gathered(problem: spec.Problem, operands: spec.Operands) -> tuple[spec.Problem, spec.Operands]:
-    """The same with each sequence's keys and values in one run of memory."""
-    x = operands
-    if x.page_table is None:
-        return problem, operands
-    assert x.key_value_lengths is not None
-    key, value = (pages.contiguous(y, x.page_table, x.key_value_lengths) for y in (x.key, x.value))
-    x = x._replace(key=key, value=value, page_table=None)
-    structs = jax.tree.map(lambda y: jax.ShapeDtypeStruct(y.shape, y.dtype), x)
-    return dataclasses.replace(problem, operands=structs), x
-
-
-# In the order in which they are tried.
-_BACKENDS = (
-    Backend("hopper", hopper.supports, _hopper, None),
-    Backend("xla", xla.supports, _xla, None),
-    Backend("reference", reference.supports, _reference, None),
-)
 
 
 def _lengths(lengths: Any, batch: tuple[int, ...]) -> Any:

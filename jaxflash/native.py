@@ -1,5 +1,6 @@
 """The Hopper kernels as a backend: with configurations of the table, a rule for vmap, gradients."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,7 +11,19 @@ from jaxflash.varying import varying_like
 from pallas_kernels import hopper, spec
 
 forward = folding(tuning.hopper_forward)
+_decode = folding(hopper.decode)
 _backward = folding(hopper.backward, differentiates=True)
+
+
+def attend_cache(problem: spec.Problem, operands: spec.Operands) -> Any:
+    """New tokens at the end of what a cache holds: few of them, or a chunk of a prompt."""
+    # The kernels find offsets from lengths: a subtraction less to launch.
+    operands = operands._replace(query_offset=None)
+    structs = problem.operands._replace(query_offset=None)
+    problem = dataclasses.replace(
+        problem, operands=structs, query_offset=-problem.T, from_last_key=True
+    )
+    return (forward if hopper.supports_decode(problem) else _decode)(problem, operands)
 
 
 def backward(problem: spec.Problem, operands: spec.Operands, *rest: jax.Array) -> Any:

@@ -63,6 +63,7 @@ def test_listing_names_every_table(capsys):
         "demo",
         "forward",
         "backward",
+        "decode",
         "train",
         "tune",
         "speed",

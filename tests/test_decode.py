@@ -10,10 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import jaxflash
 from jaxflash import inference
-from pallas_kernels import mosaic
+from jaxflash.arguments import canonicalize
+from pallas_kernels import hopper, mosaic
+from pallas_kernels.common import walk as walks
+from pallas_kernels.common.walk import Walk
+from pallas_kernels.hopper.decode import choose_splits
 from tests import oracle
 from tests.test_conformance import INTERPRETS, ON_GPU
 
@@ -182,6 +187,46 @@ def test_pages_may_be_shared() -> None:
     assert np.abs(shared[0] - shared[1]).max() > 0.01
 
 
+def test_inside_shard_map() -> None:
+    """Sequences and heads are divided; pages, which all devices hold, by heads alone."""
+    devices = np.array(jax.devices()[:1]).reshape(1, 1)
+    mesh = jax.sharding.Mesh(devices, ("data", "model"))
+    by_head, by_data = P(None, None, "model"), P("data")
+    specs = (P("data", None, "model"), by_head, by_head, by_data, by_data)
+    run = jax.shard_map(
+        jaxflash.paged_attention, mesh=mesh, in_specs=specs, out_specs=P("data", None, "model")
+    )
+    query, table = jnp.ones((2, 1, 4, 8)), jnp.array([[0, 1], [4, 2]], jnp.int32)
+    pages = jax.random.normal(jax.random.key(0), (2, 5, 16, 2, 8))
+    lengths = jnp.array([20, 32], jnp.int32)
+    want = jaxflash.paged_attention(query, *pages, table, lengths)
+    np.testing.assert_allclose(run(query, *pages, table, lengths), want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS if ON_GPU or INTERPRETS else BACKENDS[1:])
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_under_vmap(backend: Any, page_size: int | None) -> None:
+    """Queries and lengths are mapped, the cache is not."""
+    call = Call("vmap", (60,), S=64, page_size=page_size, N=2, K=1, H=16)
+    query, *cache = _arrays(call)
+    attention: Any = jaxflash.decode_attention
+    if page_size is not None:
+        *cache, table = _paged(call, *cache)
+        cache, attention = [*cache, table], jaxflash.paged_attention
+    queries = jnp.stack([query, 2 * query])
+    lengths = jnp.array([[60], [17]], jnp.int32)
+
+    def run(query: jax.Array, lengths: jax.Array) -> jax.Array:
+        return attention(query, *map(jnp.asarray, cache), lengths, implementation=backend)
+
+    with _running(backend):
+        found = jax.block_until_ready(jax.vmap(run)(queries, lengths))
+        each = [jax.block_until_ready(run(q, n)) for q, n in zip(queries, lengths, strict=True)]
+    np.testing.assert_allclose(
+        np.asarray(found, np.float32), np.asarray(jnp.stack(each), np.float32), atol=0.02
+    )
+
+
 def test_any_batch_rank() -> None:
     query, key, value = (np.ones((2, 3, n, 2, 8), np.float32) for n in (1, 20, 20))
     lengths = jnp.arange(1, 7, dtype=jnp.int32).reshape(2, 3)
@@ -237,3 +282,46 @@ def test_debug_checks(jitted: bool) -> None:
         jax.block_until_ready(decode(jnp.array([20, -1], jnp.int32)))
     with pytest.raises(kind, match=r"got 9 at \[0, 1\]"):
         jax.block_until_ready(paged(jnp.array([[0, 9], [4, 2]], jnp.int32)))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 7, 64])
+@pytest.mark.parametrize("parts", [1, 2, 3, 5, 8])
+def test_parts_of_a_walk_cover_it(count: int, parts: int) -> None:
+    """Each visit is in one of the parts that exist, those that need a mask first within each."""
+    masked = (count + 1) // 2
+    walk = Walk(jnp.int32(count), jnp.int32(masked), lambda visit: 10 + visit)
+    visited = []
+    for number in range(parts):
+        part = walks.part(walk, jnp.int32(number), parts)
+        tiles = [int(part.tile(visit)) for visit in range(int(part.count))]
+        needs_mask = [tile < 10 + masked for tile in tiles]
+        if bool(walks.part_exists(walk, jnp.int32(number), parts)):
+            visited += tiles
+            assert needs_mask == sorted(needs_mask, reverse=True)
+            assert sum(needs_mask) == int(part.masked)
+        assert len(tiles) >= 1
+    assert visited == list(range(10, 10 + count))
+
+
+def test_splits_fill_the_gpu() -> None:
+    def splits(B: int, S: int, K: int, **options: Any) -> int:
+        found: list[int] = []
+
+        def ask(query: jax.Array, cache: jax.Array, lengths: jax.Array) -> None:
+            problem, _ = canonicalize(
+                query, cache, cache, is_causal=True, query_offset=lengths,
+                key_value_seq_lengths=lengths, **options,
+            )  # fmt: skip
+            config = hopper.decode_config(problem)
+            found.append(choose_splits(problem, config))
+
+        shapes = (B, 1, 4 * K, 128), (B, S, K, 128)
+        query, cache = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes)
+        jax.eval_shape(ask, query, cache, jax.ShapeDtypeStruct((B,), jnp.int32))
+        return found[0]
+
+    assert splits(1, 32768, 8) == 16  # 128 blocks of 132
+    assert splits(132, 1024, 1) == 1
+    assert splits(1, 64, 1) == 1
+    assert 2 <= splits(64, 65536, 8) <= 16  # lengths may differ
+    assert splits(1, 131072, 1, local_window_size=(1000, 0)) <= 9  # of nine visits, or ten

@@ -179,6 +179,27 @@ def test_gradients_of_what_modifies_logits(
 
 
 @runs
+@pytest.mark.parametrize(("H", "Hv"), [(24, 40), (136, 24)])
+def test_heads_of_a_group_may_be_for_blocks_of_their_own(H: int, Hv: int) -> None:
+    """They then add up the gradients of the keys that they share."""
+    if not mosaic.Sums.exist():
+        pytest.skip("JAX 0.10.2 passes no mutable arrays to kernels")
+    q, k, v = _normal(0, 2, 70, 6, H), _normal(1, 2, 90, 2, H), _normal(2, 2, 90, 2, Hv)
+    dout, slopes = _normal(3, 2, 70, 6, Hv), jnp.linspace(0.1, 0.4, 6)
+    problem, operands = canonicalize(q, k, v, is_causal=True, query_offset=15, alibi_slopes=slopes)
+    out, lse = xla.forward(problem, operands)
+    rest = (out, lse, dout, lse * 0.1)
+    config = dataclasses.replace(hopper.BackwardConfig.default(problem), divides_groups=True)
+    with _running():
+        actual = hopper.backward(problem, operands, *rest, config)
+    want = xla.backward(problem, operands, *rest)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(want), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        difference = np.asarray(a, np.float32) - np.asarray(b, np.float32)
+        assert np.abs(difference).max() <= 0.02 * np.abs(np.asarray(b, np.float32)).max()
+
+
+@runs
 def test_keys_that_do_not_exist_take_no_part_in_gradients() -> None:
     """Their logits, 0, are so far above those of the others that exp of the difference overflows.
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench import baselines, comparison, forward, results, tune
+from bench import baselines, comparison, decode, forward, results, tune
 from bench.problems import Problem, document_lengths
 from bench.shapes import Shape
 
@@ -56,6 +56,38 @@ def test_forward_ratio_is_to_the_best_peer() -> None:
     row = [cell("cudnn", 3.0), cell("fa3", 2.0), cell("tokamax", None), cell("jaxflash", 4.0)]
     assert comparison.ratio(row) == 0.5
     assert comparison.ratio(row[:3]) is None
+
+
+def test_decode_counts_what_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ragged = decode.Problem((200, 300), 4, 2, head_dim=32, paged_only=True)
+    assert ragged.bytes == 500 * 2 * 32 * 2 * 2  # heads, columns, K and V, bytes of each
+    chunk = decode.Problem((100, 100), 4, 2, T=20, head_dim=32)
+    assert chunk.flops == 2 * 4 * 4 * 32 * sum(range(81, 101))
+    monkeypatch.setattr(decode, "problems", lambda: {"All": [ragged, chunk]})
+    assert decode.main(["--repeats", "1", "--out", str(tmp_path)]) == 0
+    rows = results.read_rows(next(tmp_path.glob("decode-*.jsonl")))
+    assert [row["implementation"] for row in rows] == [
+        decode.OURS_PAGED, decode.OURS, decode.OURS_PAGED,
+    ]  # fmt: skip
+    assert all(row["median_ms"] > 0 and row["read"] > 0 for row in rows)
+    assert "| B2 S200..300 N4/2 H32 " in capsys.readouterr().out
+
+
+def test_decode_does_not_time_a_wrong_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(query: jax.Array, *cache: jax.Array) -> jax.Array:
+        return query * cache[-1].sum()
+
+    problem = decode.Problem((100,), 2, 1, head_dim=16)
+    monkeypatch.setattr(decode, "problems", lambda: {"One": [problem]})
+    monkeypatch.setattr(decode, "functions", lambda *_: {decode.OURS: (wrong, False)})
+    assert decode.main(["--repeats", "1", "--out", str(tmp_path)]) == 1
+    (row,) = results.read_rows(next(tmp_path.glob("decode-*.jsonl")))
+    assert row["reason"].startswith("wrong: relative error")
+    assert "median_ms" not in row
 
 
 def test_documents_fill_the_sequence() -> None:

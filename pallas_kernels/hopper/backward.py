@@ -33,6 +33,7 @@ from pallas_kernels.hopper.backward_kernel import (
     Backward,
     BackwardConfig,
     BackwardForms,
+    divides_groups,
     key_sums,
     stores_bias,
     sums_bias,
@@ -73,8 +74,11 @@ def backward(
     needs_map = block_map.needs_map(problem)
     found = block_map.by_key(problem, operands, c.block_q, c.block_kv) if needs_map else None
     p, forms = tiles.in_kernel(problem), BackwardForms.of(problem, c)
-    blocks = min(blocks or gpu.multiprocessors(problem.device), p.B * p.K * kv_blocks)
-    schedule = Schedule(p.B, p.K, kv_blocks, _heads_at_once(p, blocks, kv_blocks))
+    blocks = blocks or gpu.multiprocessors(problem.device)
+    adds_keys = divides_groups(problem, c, blocks, kv_blocks)
+    heads = p.N if adds_keys else p.K
+    blocks = min(blocks, p.B * heads * kv_blocks)
+    schedule = Schedule(p.B, heads, kv_blocks, _heads_at_once(p, heads, blocks, kv_blocks))
     # The barrier keeps XLA from a sum within the transpose, which reads column by column.
     delta = lax.optimization_barrier(spec.softmax.delta(out, lse, dout, dlse))
     units = _units(operands, delta, dout, p.dropout_rate) if p.deterministic else None
@@ -99,7 +103,7 @@ def backward(
 
     launch = mosaic.kernel(
         backward_kernel,
-        out_type=_outputs(problem, c, forms, q_blocks, kv_blocks),
+        out_type=_outputs(problem, c, forms, adds_keys, q_blocks, kv_blocks),
         scratch_types=list(forms.scratch(c, p.dtype).values()),
         grid={"block": blocks},
         threads=("warpgroup", CONSUMERS + 1),
@@ -107,36 +111,62 @@ def backward(
         # waits at `ds_full`, where each thread arrives by itself.
         params=mosaic.compiler_params(reduction_scratch_bytes=0, unsafe_no_auto_barriers=True),
     )
-    shape: tuple[int, ...] = (p.B, q_blocks * c.block_q // ROWS, p.N, forms.q.strips)
-    dtype = jnp.int32 if p.deterministic else jnp.float32
-    dq_sums, dbias_sums = mosaic.Sums.zero(kv_blocks, shape, c.width, dtype), None
-    if sums_bias(problem) and not stores_bias(problem):
-        shape = _bias_tiles(problem, c, q_blocks, kv_blocks)
-        dbias_sums = mosaic.Sums.zero(p.B * p.N, shape, c.bias_width)
-    refs = [s.ref for s in (dq_sums, dbias_sums) if s is not None]
-    dk, dv, *rest = launch(*leaves, *refs)
+    sums = _sums(problem, c, forms, adds_keys, q_blocks, kv_blocks)
+    rest = list(launch(*leaves, *(s.ref for s in sums.values())))
+    if adds_keys:
+        dk, dv = (_from_strips(sums[name], p.dtype) for name in ("key", "value"))
+    else:
+        dk, dv = rest.pop(0), rest.pop(0)
     dbias = mosaic.matrices(rest.pop(0)) if stores_bias(problem) else None
-    if dbias_sums is not None:
-        dbias = dbias_sums.total()
-    dq = dq_sums.total().transpose(0, 1, 4, 2, 3, 5).reshape(p.B, -1, p.N, forms.q.columns)
-    dq = dq * p.scale
-    if units is None:
-        # The barrier keeps XLA from taking a part of what it turns, element by element.
-        dq = lax.optimization_barrier(dq.astype(p.dtype))
+    if "bias" in sums:
+        dbias = sums["bias"].total()
+    dq = _from_strips(sums["query"], None if p.deterministic else p.dtype, p.scale)
     dq = dq[:, : p.T, :, : p.H]
     if units is not None:
         dq = _from_units(dq, units, lse, delta)
-    names = key_sums(problem)
-    of_keys = dict(zip(names, jnp.sum(rest[0], axis=1), strict=True)) if names else {}
+    of_keys = jnp.sum(rest[0], axis=1) if rest else ()
+    by_name = dict(zip(key_sums(problem), of_keys, strict=True))
     result = spec.Operands(
         query=dq,
         key=dk[:, : p.S, :, : p.H],
         value=dv[:, : p.S, :, : p.Hv],
-        bias=_dbias(problem, dbias, of_keys.get("bias")),
-        alibi_slopes=_dslopes(of_keys.get("alibi_slopes")),
+        bias=_dbias(problem, dbias, by_name.get("bias")),
+        alibi_slopes=_dslopes(by_name.get("alibi_slopes")),
         sinks=spec.softmax.of_sinks(operands.sinks, lse, delta),
     )
     return spec.gradients(operands, result)
+
+
+def _sums(
+    p: spec.Problem,
+    c: BackwardConfig,
+    forms: BackwardForms,
+    adds_keys: bool,
+    q_blocks: int,
+    kv_blocks: int,
+) -> dict[str, mosaic.Sums]:
+    """What blocks add to, by the operand whose gradient it is; in the order of `Refs`."""
+    dtype = jnp.int32 if p.deterministic else jnp.float32
+    shape: tuple[int, ...] = (p.B, q_blocks * c.block_q // ROWS, p.N, forms.q.strips)
+    found = {"query": mosaic.Sums.zero(kv_blocks, shape, c.width, dtype)}
+    if sums_bias(p) and not stores_bias(p):
+        shape = _bias_tiles(p, c, q_blocks, kv_blocks)
+        found["bias"] = mosaic.Sums.zero(p.B * p.N, shape, c.bias_width)
+    for name, form in (("key", forms.k), ("value", forms.v)) if adds_keys else ():
+        shape = (p.B, kv_blocks * c.key_groups, p.K, form.strips)
+        found[name] = mosaic.Sums.zero(p.G, shape, c.width)
+    return found
+
+
+def _from_strips(sums: mosaic.Sums, dtype: Any, scale: float = 1.0) -> jax.Array:
+    """[B, tokens, heads, columns] of sums of strips of 64 rows; rounded to a dtype, if any."""
+    total = sums.total()  # [B, tokens / 64, heads, strips, 64, width]
+    batch, _, heads, strips, _, width = total.shape
+    x = total.transpose(0, 1, 4, 2, 3, 5).reshape(batch, -1, heads, strips * width) * scale
+    if dtype is None:
+        return x
+    # The barrier keeps XLA from taking a part of what it turns, element by element.
+    return lax.optimization_barrier(x.astype(dtype))
 
 
 def _of_rows(
@@ -150,9 +180,14 @@ def _of_rows(
 
 
 def _outputs(
-    p: spec.Problem, c: BackwardConfig, forms: BackwardForms, q_blocks: int, kv_blocks: int
+    p: spec.Problem,
+    c: BackwardConfig,
+    forms: BackwardForms,
+    adds_keys: bool,
+    q_blocks: int,
+    kv_blocks: int,
 ) -> list[jax.ShapeDtypeStruct]:
-    """Of dK and dV, in whole tiles where they are not copied out.
+    """Of dK and dV unless they are sums, in whole tiles where they are not copied out.
 
     And of what is stored of a bias, and sums over rows, by key.
     """
@@ -163,7 +198,7 @@ def _outputs(
         else (p.B, p.S, p.K, mosaic.copied_columns(form.array_columns))
         for form in (forms.k, forms.v)
     ]
-    outputs = [jax.ShapeDtypeStruct(shape, p.dtype) for shape in shapes]
+    outputs = [] if adds_keys else [jax.ShapeDtypeStruct(shape, p.dtype) for shape in shapes]
     if stores_bias(p):
         shape = (*_bias_tiles(p, c, q_blocks, kv_blocks), ROWS * c.bias_width)
         outputs.append(jax.ShapeDtypeStruct(shape, p.operands.bias.dtype))
@@ -240,14 +275,16 @@ def _by_tile(c: BackwardConfig, q_blocks: int, x: jax.Array, fill: Any) -> jax.A
     return x.reshape(*x.shape[:2], q_blocks, c.block_q)
 
 
-def _heads_at_once(p: spec.Problem, blocks: int, kv_blocks: int) -> int:
-    """Of how many heads of the keys the tiles are worked on together.
+def _heads_at_once(p: spec.Problem, heads: int, blocks: int, kv_blocks: int) -> int:
+    """Of how many heads, of the keys or of the queries, the tiles are worked on together.
 
     Not of fewer than have tiles enough for all blocks: heads that are worked on at the same time
     anyway had better begin with the tiles that have most to do.
     """
-    of_head = p.T * p.G * (p.H * (p.dtype.itemsize + 4) + p.Hv * p.dtype.itemsize)
-    return largest_divisor(p.B * p.K, max(pl.cdiv(blocks, kv_blocks), gpu.L2_BYTES // of_head))
+    members = p.N // heads
+    of_head = p.T * members * (p.H * (p.dtype.itemsize + 4) + p.Hv * p.dtype.itemsize)
+    at_once = max(pl.cdiv(blocks, kv_blocks), gpu.L2_BYTES // of_head)
+    return largest_divisor(p.B * heads, at_once)
 
 
 def supports_backward(problem: spec.Problem) -> str | None:

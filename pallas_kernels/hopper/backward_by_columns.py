@@ -24,6 +24,7 @@ from pallas_kernels.hopper.backward_visit import (
     Here,
     Order,
     add_dq,
+    add_keys,
     gradient,
     nothing_summed,
     probabilities,
@@ -144,7 +145,10 @@ def add_share(c: Consumer, work: KeyWork, here: Here, units: Any, dq: jax.Array)
 
 
 def store(c: Consumer, work: KeyWork, x: jax.Array, gmem: mosaic.Ref) -> None:
-    """Stores this consumer's columns of dK or dV, an array of whole tiles."""
+    """Stores this consumer's columns of dK or dV, an array of whole tiles, or adds them."""
+    if c.k.adds_keys:
+        add_keys(c, work, c.me * (x.shape[1] // c.k.config.width), x, gmem)
+        return
     at = pl.ds(c.me * x.shape[1], x.shape[1])
     place = gmem.at[work.batch, pl.ds(c.key0(work), ROWS), work.head, at]
     mosaic.store(place, x.astype(c.k.problem.dtype), optimized=False)

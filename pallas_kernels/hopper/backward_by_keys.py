@@ -25,6 +25,7 @@ from pallas_kernels.hopper.backward_visit import (
     Order,
     Weights,
     add_dq,
+    add_keys,
     gradient,
     nothing_summed,
     probabilities,
@@ -155,8 +156,11 @@ def add_share(c: Consumer, work: KeyWork, last: Last, units: Any, dq: jax.Array)
 
 
 def store(c: Consumer, work: KeyWork, x: jax.Array, gmem: mosaic.Ref) -> None:
-    """Stores this consumer's rows of dK or dV."""
+    """Stores this consumer's rows of dK or dV, or adds them."""
     k = c.k
+    if k.adds_keys:
+        add_keys(c, work, 0, x, gmem)
+        return
     gmem = gmem.at[work.batch, pl.ds(c.key0(work), ROWS), work.head]
     mosaic.wait_smem_to_gmem(0, wait_read_only=True)
     places = list(k.refs.out_smem.at(c.me).strips())

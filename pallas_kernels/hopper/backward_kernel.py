@@ -4,13 +4,13 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from pallas_kernels import mosaic, spec
 from pallas_kernels.common.block_map import BlockMap
 from pallas_kernels.common.schedule import Work
 from pallas_kernels.common.walk import Walk, of_band
+from pallas_kernels.hopper import gpu
 from pallas_kernels.hopper import tile as tiles
 from pallas_kernels.hopper.config import ROWS
 from pallas_kernels.hopper.kernel import Kernel
@@ -31,6 +31,7 @@ class BackwardConfig:
     stages: int = 2
     key_stages: int = 1  # 2: the next tile's K comes before this tile is done
     by_columns: bool = False
+    divides_groups: bool | None = None  # None: as `divides_groups` finds best
 
     def __post_init__(self) -> None:
         choices = (ROWS,) if self.by_columns else (ROWS, 2 * ROWS)
@@ -79,6 +80,21 @@ class BackwardConfig:
         return cls(block_q=ROWS if wide > ROWS else 2 * ROWS, key_stages=key_stages)
 
 
+def divides_groups(problem: spec.Problem, c: BackwardConfig, blocks: int, kv_blocks: int) -> bool:
+    """Whether each head of a group is for a block of its own; they then add up dK and dV.
+
+    A block that visits all heads of a large group, one after the other, finds nothing in the L2
+    cache: what the other blocks have read has left it by then.
+    """
+    p = problem
+    if p.G == 1 or p.deterministic:  # additions come in any order
+        return False
+    if c.divides_groups is not None:
+        return c.divides_groups
+    of_group = p.T * p.G * (p.H * (p.dtype.itemsize + 4) + p.Hv * p.dtype.itemsize)
+    return of_group * blocks / kv_blocks > gpu.L2_AT_ONCE_BYTES
+
+
 def sums_bias(problem: spec.Problem) -> bool:
     """Whether the gradient of the bias is a matrix over rows and keys."""
     return problem.differentiates("bias") and problem.operands.bias.shape[2] > 1
@@ -113,8 +129,9 @@ class Refs(NamedTuple):
     dq_gmem: mosaic.Ref  # [slabs, B, T / 64, N, strips, 64 * width], of `mosaic.Sums`
     # [slabs, B|1, N|1, S / 64, T / n, 64 * n], n = bias_width; without slabs if stored
     dbias_gmem: mosaic.Ref | None
-    dk_gmem: mosaic.Ref  # [B, S, K, H]
-    dv_gmem: mosaic.Ref  # [B, S, K, Hv]
+    # [B, S, K, H], [B, S, K, Hv]; if added up, [slabs, B, S / 64, K, strips, 64 * width]
+    dk_gmem: mosaic.Ref
+    dv_gmem: mosaic.Ref
     sums_gmem: mosaic.Ref | None  # [key sums, 2 if by_columns else 1, B, N, S] float32
     k_smem: mosaic.Matrix  # [key_stages, key_groups, 64, H]
     v_smem: mosaic.Matrix  # [key_groups, 64, Hv]
@@ -200,12 +217,19 @@ class BackwardForms(NamedTuple):
             "q_raw": mosaic.Barrier(num_arrivals=of_q + of_do),
         }
 
-    def refs(self, p: spec.Problem, c: BackwardConfig, inputs: tuple[Any, ...], *rest: Any) -> Refs:
+    def refs(
+        self,
+        p: spec.Problem,
+        c: BackwardConfig,
+        inputs: tuple[Any, ...],
+        *rest: Any,
+    ) -> Refs:
         """From what a kernel is given; ``rest`` are sums, outputs and scratch."""
         given = iter(rest)
         found: dict[str, Any] = {"dq_gmem": next(given)}
         stored = stores_bias(p)
         found["dbias_gmem"] = next(given) if sums_bias(p) and not stored else None
+        # Either way next: the last of the sums, or the first of the outputs.
         found.update(dk_gmem=next(given), dv_gmem=next(given))
         found["dbias_gmem"] = next(given) if stored else found["dbias_gmem"]
         found["sums_gmem"] = next(given) if key_sums(p) else None
@@ -222,6 +246,7 @@ class KeyWork(NamedTuple):
     batch: Any
     head: Any  # of the keys
     kv_block: Any
+    q_head: Any  # of the queries, the one that it is visited for; None: all of the group
 
 
 class Backward(Kernel):
@@ -234,10 +259,25 @@ class Backward(Kernel):
     def work(self, tile: Any) -> KeyWork:
         """The tile of keys that comes at a place of the order: the first ones have most to do."""
         work = self.schedule.work(tile)
-        return KeyWork(work.batch, work.head, self.schedule.q_blocks - 1 - work.q_block)
+        kv_block = self.schedule.q_blocks - 1 - work.q_block
+        if not self.adds_keys:
+            return KeyWork(work.batch, work.head, kv_block, None)
+        return KeyWork(work.batch, lax.div(work.head, self.problem.G), kv_block, work.head)
+
+    @property
+    def members(self) -> int:
+        """How many heads of a group a block visits for a tile of keys."""
+        return self.problem.N // self.schedule.heads
+
+    @property
+    def adds_keys(self) -> bool:
+        """Whether several blocks add to dK and dV of the same keys."""
+        return self.members < self.problem.G
 
     def of_group(self, work: KeyWork, member: Any) -> Work:
         """A head of the queries that see these keys."""
+        if work.q_head is not None:
+            return Work(work.batch, work.q_head, None)
         return Work(work.batch, work.head * self.problem.G + member, None)
 
     def walk(self, work: KeyWork, member: Any) -> Walk:
@@ -262,24 +302,3 @@ class Backward(Kernel):
         walk = of_band(band, (first, there), rows, c.block_q)
         # Where keys end within the tile, each visit needs a mask.
         return walk._replace(masked=jnp.where(stop > keys, walk.count, walk.masked))
-
-    @property
-    def at_once(self) -> int:
-        """Of how many heads of a group the same tile of queries is visited before the next tile is.
-
-        Of all, so that other tiles of keys, which come to it at about the same time, find Q and dO
-        in the L2 cache; of one where heads see different keys, or something is summed of each.
-        """
-        differ = self.refs.map is not None and self.refs.map.count.shape[1] > 1
-        return 1 if differ or key_sums(self.problem) else self.problem.G
-
-    def visit(self, part: Any, number: Any) -> tuple[Any, Any]:
-        """Which head of the group a visit is to, and its number for that head.
-
-        A part are ``at_once`` heads of the group.
-        """
-        if self.at_once == 1:
-            return part, number
-        number, size = lax.convert_element_type(number, jnp.uint32), np.uint32(self.at_once)
-        of_tile, member = lax.div(number, size), lax.rem(number, size)
-        return part * self.at_once + member.astype(jnp.int32), of_tile.astype(jnp.int32)

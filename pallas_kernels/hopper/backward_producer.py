@@ -30,10 +30,10 @@ def produce(k: Backward) -> None:
             pl.when(round_ > 0)(lambda: mosaic.barrier_wait(r.v_free))
             keys.produce(r.x.value, r.v_smem, r.v_raw, r.v_full, of_v)
 
-        def of_part(part: Any, count: Any) -> Any:
-            return count + produce_rows(k, work, part, step, count, produce_values)
+        def of_member(member: Any, count: Any) -> Any:
+            return count + produce_rows(k, work, member, step, count, produce_values)
 
-        return lax.fori_loop(0, k.problem.G // k.at_once, of_part, jnp.int32(0))
+        return lax.fori_loop(0, k.members, of_member, jnp.int32(0))
 
     rounds, steps, tile = each_tile(k, r.tile_smem.at[pl.ds(stages, 1)], load)
     place = announce(k, rounds, tile)  # that there is none left
@@ -100,23 +100,21 @@ class Keys(NamedTuple):
 def produce_rows(
     k: Backward,
     work: KeyWork,
-    part: Any,  # of the group of heads
+    member: Any,
     step: Any,  # of the first visit of this tile of keys
     before: Any,  # how many visits it has had
     produce_values: Callable[[], None],
 ) -> Any:
-    """Copies Q, dO and the statistics of each visit to some heads; returns how many there are.
+    """Copies Q, dO and the statistics of each visit to a head; returns how many there are.
 
     V comes with the first dO: until then the place is used by the tile before.
     """
     c, r = k.config, k.refs
     step += before
-    walk = k.walk(work, part * k.at_once)
+    walk, head = k.walk(work, member), k.of_group(work, member).head
 
     def visit(j: Any, _: None) -> None:
-        member, number = k.visit(part, j)
-        stage, q_block = lax.rem(step + j, c.stages), walk.tile(number)
-        head = k.of_group(work, member).head
+        stage, q_block = lax.rem(step + j, c.stages), walk.tile(j)
         rows = pl.ds(q_block * c.block_q, c.block_q)
         q_gmem, do_gmem = (x.at[work.batch, rows, head] for x in (r.x.query, r.dout))
         stats_gmem = r.stats.at[work.batch, head, q_block]
@@ -149,9 +147,8 @@ def produce_rows(
             arrive(r.q_full.at[stage], k.forms.q.copies)
             arrive(r.do_full.at[stage], k.forms.do.copies)
 
-    count = walk.count * k.at_once
-    lax.fori_loop(0, count, visit, None)
-    return count
+    lax.fori_loop(0, walk.count, visit, None)
+    return walk.count
 
 
 def _is_finite(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:

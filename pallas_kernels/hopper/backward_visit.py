@@ -69,7 +69,8 @@ class Consumer(NamedTuple):
 
     def fresh(self) -> "Consumer":
         """The same, of which the compiler computes nothing beforehand, to hold it in registers."""
-        return self._replace(me=mosaic.uniform(self.me), place=mosaic.uniform(self.place))
+        place = self.place if self.k.config.key_stages == 1 else mosaic.uniform(self.place)
+        return self._replace(me=mosaic.uniform(self.me), place=place)
 
 
 class Here(NamedTuple):
@@ -133,32 +134,29 @@ def attend(c: Consumer, order: Order, work: KeyWork, step: Any) -> Any:
     """All visits of a tile of keys; returns the number of the next visit."""
     k = c.k
 
-    parts = k.problem.G // k.at_once
-
-    def of_part(part: Any, state: tuple[Any, Carry]) -> tuple[Any, Carry]:
+    def of_member(member: Any, state: tuple[Any, Carry]) -> tuple[Any, Carry]:
         step, carry = state
-        walk = k.walk(work, part * k.at_once)
+        walk = k.walk(work, member)
         # The very first visit has been begun with.
-        first: Any = 1 if parts == 1 else jnp.where(part > 0, 0, 1)
+        first: Any = 1 if k.members == 1 else jnp.where(member > 0, 0, 1)
 
         def visits(masked: bool) -> Any:
             def one(number: Any, carry: Carry) -> Carry:
                 fresh = c.fresh()
-                here = fresh.here(work, *k.visit(part, number), masked, step + number)
+                here = fresh.here(work, member, number, masked, step + number)
                 return order.visit(fresh, work, here, masked, carry)
 
             return one
 
         if k.masks:
-            masked = jnp.maximum(walk.masked * k.at_once, first)
+            masked = jnp.maximum(walk.masked, first)
             carry = lax.fori_loop(first, masked, visits(masked=True), carry)
             first = masked
-        count = walk.count * k.at_once
-        carry = lax.fori_loop(first, count, visits(masked=False), carry)
-        return step + mosaic.opaque(count), finish_head(c.fresh(), work, part, carry)
+        carry = lax.fori_loop(first, walk.count, visits(masked=False), carry)
+        return step + mosaic.opaque(walk.count), finish_head(c.fresh(), work, member, carry)
 
     state = (step, order.begin(c.fresh(), work, step))
-    state = of_part(0, state) if parts == 1 else lax.fori_loop(0, parts, of_part, state)
+    state = of_member(0, state) if k.members == 1 else lax.fori_loop(0, k.members, of_member, state)
     step, carry = state
     order.finish(c.fresh(), work, step - 1, carry)
     return step
@@ -260,6 +258,16 @@ def add_dq(
         dq = dq * mosaic.spread_rows(units, dq.shape)
     slab, row_tile = work.kv_block if mosaic.is_interpreting() else 0, lax.div(row0, ROWS)
     mosaic.add(c.k.refs.dq_gmem.at[slab, work.batch, row_tile, head, strip], dq)
+
+
+def add_keys(c: Consumer, work: KeyWork, first: Any, x: jax.Array, gmem: mosaic.Ref) -> None:
+    """Adds 64 rows of dK or dV, strips from ``first`` on, to what others of the group add."""
+    width, groups = c.k.config.width, c.k.problem.G
+    slab = lax.rem(work.q_head, groups) if mosaic.is_interpreting() else 0
+    head = lax.div(mosaic.opaque(work.q_head), groups)  # not held in a register until here
+    place = gmem.at[slab, work.batch, lax.div(c.key0(work), ROWS), head]
+    for i in range(x.shape[1] // width):
+        mosaic.add(place.at[first + i], x[:, i * width : (i + 1) * width])
 
 
 def show(c: Consumer, slot: Any, *shown: tuple[mosaic.View, jax.Array]) -> None:

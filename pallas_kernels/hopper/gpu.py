@@ -4,6 +4,9 @@ from pallas_kernels import spec
 
 # What tiles that are worked on at the same time read should stay in the L2 cache.
 L2_BYTES = 2**24
+# What all blocks of the backward work on at the same time: 34 MB still stay in the cache, 67 do not
+# (bench/LOG.md, heads of a group).
+L2_AT_ONCE_BYTES = 40 * 2**20
 
 
 def is_hopper(device: spec.Device) -> bool:

@@ -106,6 +106,11 @@ class Kernel:
     refs: Any
 
     @property
+    def one_tile_each(self) -> bool:
+        """Whether each block has one tile to work on, and knows so."""
+        return False
+
+    @property
     def masks(self) -> bool:
         """Whether some visit needs a mask."""
         p = self.problem
@@ -184,6 +189,10 @@ class Forward(Kernel):
     config: Config
     forms: Forms
     refs: Refs
+
+    @property
+    def one_tile_each(self) -> bool:
+        return self.schedule.tiles <= self.blocks
 
     def walk(self, work: Work) -> Walk:
         """The tiles of keys that a tile of queries visits."""

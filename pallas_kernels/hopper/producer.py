@@ -42,7 +42,7 @@ def each_tile(k: Kernel, ticket: mosaic.Ref, load: Callable[[Any, Any, Any], Any
     visits it made. Returns the first two, and a tile beyond the last.
     """
     block, zero = lax.axis_index("block"), jnp.int32(0)
-    if k.schedule.tiles <= k.blocks:  # one for each: no numbers to take, nor to zero beforehand
+    if k.one_tile_each:  # no numbers to take, nor a counter to zero beforehand
         return jnp.int32(1), load(zero, zero, block), block + k.schedule.tiles
     counter = mosaic.counter()
 
