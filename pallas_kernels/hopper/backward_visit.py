@@ -156,7 +156,10 @@ def attend(c: Consumer, order: Order, work: KeyWork, step: Any) -> Any:
         return step + mosaic.opaque(walk.count), finish_head(c.fresh(), work, member, carry)
 
     state = (step, order.begin(c.fresh(), work, step))
-    state = of_member(0, state) if k.members == 1 else lax.fori_loop(0, k.members, of_member, state)
+    if k.members == 1:
+        state = of_member(0, state)
+    else:  # a number that is known, if small, would have the compiler write the loop out
+        state = lax.fori_loop(0, mosaic.opaque(k.members), of_member, state)
     step, carry = state
     order.finish(c.fresh(), work, step - 1, carry)
     return step

@@ -35,6 +35,10 @@ _MAX_PARTS = 32
 class Decode(Forward):
     """The kernel; a tile's rows are new tokens, and within each the heads of a group."""
 
+    @property
+    def one_tile_each(self) -> bool:
+        return self.schedule.tiles <= self.blocks
+
     def walk(self, work: Work) -> Walk:
         """The tiles of keys that a part of a tile of queries visits."""
         whole = walk_of(self.problem, self.config, self.refs.x, work)
