@@ -78,9 +78,8 @@ CALLS = [
 ]  # fmt: skip
 # The interpreter takes seconds for each.
 INTERPRETED = (
-    "several_tokens", "longer_than_held", "many_rows", "value_dim", "odd_capacity", "window",
-    "alibi_and_sinks", "pages_32", "pages_256", "pages_everything", "chunk_of_prefill_16",
-    "empty_sequence",
+    "longer_than_held", "many_rows", "value_dim", "odd_capacity", "alibi_and_sinks", "pages_256",
+    "pages_everything", "chunk_of_prefill_16", "empty_sequence",
 )  # fmt: skip
 
 

@@ -332,7 +332,7 @@ def test_every_head_dim_fits(H: int) -> None:
 
 
 def test_config_refuses() -> None:
-    with pytest.raises(ValueError, match=r"consumers must be one of \[2, 3, 4\]; got 5"):
+    with pytest.raises(ValueError, match=r"consumers must be one of \[1, 2, 3, 4\]; got 5"):
         hopper.Config(consumers=5)
     with pytest.raises(ValueError, match="block_kv must be a multiple of 16 from 64 to 256"):
         hopper.Config(block_kv=32)
