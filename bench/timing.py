@@ -91,7 +91,7 @@ class Compiler:
 
         What is not timed is compiled without a search for the fastest products.
         """
-        options = None if is_timed else {"xla_gpu_autotune_level": 0}
+        options: Any = None if is_timed else {"xla_gpu_autotune_level": 0}
         lowered = jax.jit(function).lower(*args)
         return self._threads.submit(lowered.compile, compiler_options=options)
 
