@@ -1,6 +1,5 @@
 """vmap of kernels: the mapped axis becomes part of the batch."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -49,11 +48,10 @@ def folding(function: Function, *, differentiates: bool = False) -> Function:
                 results = lax.map(lambda i: call(*_pick(given, mapped, i)), jnp.arange(size))
             else:
                 wide = _fold(operands, mapped[0], size, problem.B)
-                structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), wide)
                 others = (
                     _fold_one(x, m, size, problem.B) for x, m in zip(rest, mapped[1:], strict=True)
                 )
-                results = folded(dataclasses.replace(problem, operands=structs), wide, *others)
+                results = folded(problem.of(wide), wide, *others)
                 results = jax.tree.map(lambda x: x.reshape(size, problem.B, *x.shape[1:]), results)
             return results, jax.tree.map(lambda _: True, results)
 

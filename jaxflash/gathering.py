@@ -1,6 +1,5 @@
 """For backends that know no pages: each sequence's keys and values in one run of memory."""
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -22,7 +21,6 @@ def gathering(forward: Forward) -> Forward:
             pages.contiguous(held, x.page_table, x.key_value_lengths) for held in (x.key, x.value)
         )
         x = x._replace(key=key, value=value, page_table=None)
-        structs = jax.tree.map(lambda y: jax.ShapeDtypeStruct(y.shape, y.dtype), x)
-        return forward(dataclasses.replace(problem, operands=structs), x)
+        return forward(problem.of(x), x)
 
     return gathered

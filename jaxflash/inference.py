@@ -1,9 +1,7 @@
 """Attention of new tokens to a cache: decoding, and prefill in chunks."""
 
-import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
@@ -188,9 +186,7 @@ def paged_attention(
         sinks=sinks,
     )
     operands = operands._replace(key=held_keys, value=held_values, page_table=table)
-    structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), operands)
-    problem = dataclasses.replace(problem, operands=structs)
-    return _run(problem, operands, implementation, return_residual, (B,))
+    return _run(problem.of(operands), operands, implementation, return_residual, (B,))
 
 
 def _run(

@@ -40,6 +40,21 @@ def _attention(*args: Any, **options: Any) -> jax.Array:
     return jaxflash.dot_product_attention(*args, **options, implementation="hopper")
 
 
+def _check_backward(
+    problem: Any, operands: Any, dout: jax.Array, config: hopper.BackwardConfig | None
+) -> None:
+    """The kernel's gradients against those of XLA."""
+    out, lse = xla.forward(problem, operands)
+    rest = (out, lse, dout, lse * 0.1)
+    with _running():
+        actual = hopper.backward(problem, operands, *rest, config)
+    want = xla.backward(problem, operands, *rest)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(want), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        difference = np.asarray(a, np.float32) - np.asarray(b, np.float32)
+        assert np.abs(difference).max() <= 0.02 * np.abs(np.asarray(b, np.float32)).max()
+
+
 @runs
 def test_rows_that_see_nothing_ignore_nan() -> None:
     """Such rows share a tile, and thus a product with the values, with rows that see NaN."""
@@ -167,15 +182,7 @@ def test_gradients_of_what_modifies_logits(
     for options in all_of_them:
         problem, operands = canonicalize(q, k, v, **options)
         assert hopper.supports_backward(problem) is None
-        out, lse = xla.forward(problem, operands)
-        rest = (out, lse, dout, lse * 0.1)
-        with _running():
-            actual = hopper.backward(problem, operands, *rest, config)
-        want = xla.backward(problem, operands, *rest)
-        for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(want), strict=True):
-            assert (a.shape, a.dtype) == (b.shape, b.dtype)
-            difference = np.asarray(a, np.float32) - np.asarray(b, np.float32)
-            assert np.abs(difference).max() <= 0.02 * np.abs(np.asarray(b, np.float32)).max()
+        _check_backward(problem, operands, dout, config)
 
 
 @runs
@@ -187,16 +194,8 @@ def test_heads_of_a_group_may_be_for_blocks_of_their_own(H: int, Hv: int) -> Non
     q, k, v = _normal(0, 2, 70, 6, H), _normal(1, 2, 90, 2, H), _normal(2, 2, 90, 2, Hv)
     dout, slopes = _normal(3, 2, 70, 6, Hv), jnp.linspace(0.1, 0.4, 6)
     problem, operands = canonicalize(q, k, v, is_causal=True, query_offset=15, alibi_slopes=slopes)
-    out, lse = xla.forward(problem, operands)
-    rest = (out, lse, dout, lse * 0.1)
     config = dataclasses.replace(hopper.BackwardConfig.default(problem), divides_groups=True)
-    with _running():
-        actual = hopper.backward(problem, operands, *rest, config)
-    want = xla.backward(problem, operands, *rest)
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(want), strict=True):
-        assert (a.shape, a.dtype) == (b.shape, b.dtype)
-        difference = np.asarray(a, np.float32) - np.asarray(b, np.float32)
-        assert np.abs(difference).max() <= 0.02 * np.abs(np.asarray(b, np.float32)).max()
+    _check_backward(problem, operands, dout, config)
 
 
 @runs

@@ -2,8 +2,9 @@
 
 A block takes a tile of keys and visits the tiles of queries that see some of them. Five products a
 visit: S^T = K Q^T, dP^T = V dO^T, dV += P^T dO, dK += dS^T Q, dQ = dS K. dK and dV stay in the
-registers of two consumer warpgroups until the tile is done; dQ is added to global memory in
-float32, by threads, in an order of their own that XLA undoes when it rounds the sums.
+registers of two consumer warpgroups until the tile is done (and are then added up, where each head
+of a large group has a block of its own); dQ is added to global memory in float32, by threads, in an
+order of their own that XLA undoes when it rounds the sums.
 
 How the consumers divide the work: `backward_by_keys` for heads of up to 128 columns,
 `backward_by_columns` for wider ones. What they have in common, the computation of P and dS, is in

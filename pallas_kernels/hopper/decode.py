@@ -102,8 +102,8 @@ def decode(
     else:
         sinks = _by_row(problem, operands.sinks)
         out, lse = _merge(out, lse, sinks)
-    out = _unpack(problem, out[..., None, :], problem.Hv).astype(problem.dtype)
-    return out, _unpack(problem, lse[..., None, None], 1)[..., 0]
+    out = _unpack(problem, out, problem.Hv).astype(problem.dtype)
+    return out, _unpack(problem, lse, 1)[..., 0]
 
 
 def _pack(
@@ -122,9 +122,9 @@ def _pack(
     if slopes is not None:
         slopes = jnp.pad(slopes, ((0, 0), (0, -rows % c.block_q)))
     x = operands._replace(query=query, alibi_slopes=slopes, sinks=None)
-    structs = jax.tree.map(lambda y: jax.ShapeDtypeStruct(y.shape, y.dtype), x)
-    structs = structs._replace(query=jax.ShapeDtypeStruct((p.B, rows, p.K, p.H), p.dtype))
-    return dataclasses.replace(p, operands=structs, rows_per_position=p.G), x
+    by_rows = jax.ShapeDtypeStruct((p.B, rows, p.K, p.H), p.dtype)
+    packed = p.of(x._replace(query=by_rows))
+    return dataclasses.replace(packed, rows_per_position=p.G), x
 
 
 def _by_row(problem: spec.Problem, of_heads: Any) -> Any:
@@ -136,7 +136,7 @@ def _by_row(problem: spec.Problem, of_heads: Any) -> Any:
 
 
 def _unpack(problem: spec.Problem, x: jax.Array, columns: int) -> jax.Array:
-    """[B, K, rows, 1, columns] as [B, T, N, columns]."""
+    """[B, K, rows, columns] as [B, T, N, columns]."""
     p = problem
     return x.reshape(p.B, p.K, p.T, p.G, columns).swapaxes(1, 2).reshape(p.B, p.T, p.N, columns)
 

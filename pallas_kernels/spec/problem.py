@@ -170,6 +170,11 @@ class Problem:
     # Whether query_offset counts from each sequence's number of keys; of native kernels.
     from_last_key: bool = False
 
+    def of(self, operands: Operands) -> "Problem":
+        """The same problem of other arrays."""
+        structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), operands)
+        return dataclasses.replace(self, operands=structs)
+
     @property
     def B(self) -> int:
         return self.operands.query.shape[0]
