@@ -11,7 +11,6 @@ from jaxflash.arguments import canonicalize
 from jaxflash.cache import pages
 from jaxflash.cache.rules import Rule, enforce, integers
 from jaxflash.varying import varying_like
-from pallas_kernels import spec
 
 
 def decode_attention(
@@ -80,24 +79,21 @@ def decode_attention(
     )
     query = checks.as_array("query", query)
     checks.qkv(query, key, value)
-    batch, T, S = query.shape[:-3], query.shape[-3], key.shape[-3]
-    held = _lengths(lengths, batch)
-    held = enforce(held, _length_rule(held, S), debug_checks=debug_checks)
+    held = _lengths(lengths, query.shape[:-3])
+    held = enforce(held, _length_rule(held, key.shape[-3]), debug_checks=debug_checks)
     held = jnp.asarray(held)
-    problem, operands = canonicalize(
-        query,
-        key,
-        value,
+    return _attend(
+        (query, key, value),
+        held,
+        None,
+        implementation,
+        return_residual,
         scale=scale,
-        is_causal=True,
-        query_offset=held - T,
-        key_value_seq_lengths=held,
         local_window_size=local_window_size,
         logits_soft_cap=logits_soft_cap,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
     )
-    return _run(problem, operands, implementation, return_residual, batch)
 
 
 def paged_attention(
@@ -163,40 +159,50 @@ def paged_attention(
     held_values = checks.as_array("value_pages", value_pages)
     table = integers("page_table", page_table)
     _check_pages(query, held_keys, held_values, table)
-    B, T = query.shape[:2]
     P, page_size = held_keys.shape[:2]
-    held = _lengths(lengths, (B,))
+    held = _lengths(lengths, query.shape[:1])
     rules = pages.table_rules(table, held, P, page_size, "give page_table more columns")
     held = enforce(held, *rules, debug_checks=debug_checks)
     held, table = jnp.asarray(held), jnp.asarray(table)
-    empty_key, empty_value = (  # what `canonicalize` takes for keys and values
-        jnp.zeros((B, 0, *x.shape[2:]), x.dtype) for x in (held_keys, held_values)
-    )
-    problem, operands = canonicalize(
-        query,
-        empty_key,
-        empty_value,
+    return _attend(
+        (query, held_keys, held_values),
+        held,
+        table,
+        implementation,
+        return_residual,
         scale=scale,
-        is_causal=True,
-        query_offset=held - T,
-        key_value_seq_lengths=held,
         local_window_size=local_window_size,
         logits_soft_cap=logits_soft_cap,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
     )
-    operands = operands._replace(key=held_keys, value=held_values, page_table=table)
-    return _run(problem.of(operands), operands, implementation, return_residual, (B,))
 
 
-def _run(
-    problem: spec.Problem,
-    operands: spec.Operands,
+def _attend(
+    arrays: tuple[Any, Any, Any],  # query, keys, values
+    lengths: Any,
+    page_table: Any,  # None: keys and values are not in pages
     implementation: str | None,
     return_residual: bool,
-    batch: tuple[int, ...],
+    **options: Any,
 ) -> Any:
     checks.flag("return_residual", return_residual)
+    query, key, value = arrays
+    batch, T = query.shape[:-3], query.shape[-3]
+    if page_table is not None:  # in place of what `canonicalize` takes for keys and values
+        key, value = (jnp.zeros((*batch, 0, *x.shape[2:]), x.dtype) for x in (key, value))
+    problem, operands = canonicalize(
+        query,
+        key,
+        value,
+        is_causal=True,
+        query_offset=lengths - T,
+        key_value_seq_lengths=lengths,
+        **options,
+    )
+    if page_table is not None:
+        operands = operands._replace(key=arrays[1], value=arrays[2], page_table=page_table)
+        problem = problem.of(operands)
     backend = dispatch.select(problem, implementation, dispatch.OF_CACHES)
     operands = varying_like(operands, operands)
     out, lse = (x.reshape(*batch, *x.shape[1:]) for x in backend.forward(problem, operands))
