@@ -75,8 +75,8 @@ class BackwardConfig:
         wide = max(problem.H, problem.Hv)
         if wide > _NARROW:
             return cls(by_columns=True)
-        # Sums of integers leave no register for which K it is.
-        key_stages = 1 if problem.deterministic else 2
+        # Sums of integers, or the slope of a soft cap, leave no register for which K it is.
+        key_stages = 1 if problem.deterministic or problem.soft_cap is not None else 2
         return cls(block_q=ROWS if wide > ROWS else 2 * ROWS, key_stages=key_stages)
 
 
