@@ -1,9 +1,13 @@
 """Attention for JAX: exact, with memory linear in the sequence, every option differentiable."""
 
+import importlib
+from typing import Any
+
 from jaxflash.api import dot_product_attention, explain, merge
 from jaxflash.cache import KVCache, OutOfPages, PageAllocator, PagedKVCache
 from jaxflash.dispatch import Explanation
 from jaxflash.inference import decode_attention, paged_attention
+from jaxflash.modules.rope import Rope
 from jaxflash.vjp import CHECKPOINT_NAMES
 
 __version__ = "0.1.0"
@@ -15,9 +19,17 @@ __all__ = [
     "OutOfPages",
     "PageAllocator",
     "PagedKVCache",
+    "Rope",
     "decode_attention",
     "dot_product_attention",
     "explain",
     "merge",
     "paged_attention",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``jaxflash.linen`` and ``jaxflash.nnx``, which import Flax: programs need one at the most."""
+    if name in ("linen", "nnx"):
+        return importlib.import_module(f"jaxflash.{name}")
+    raise AttributeError(f"module 'jaxflash' has no attribute {name!r}")

@@ -39,6 +39,7 @@ def dot_product_attention(
     mask_mod: MaskMod | None = None,
     dropout_rate: float = 0.0,
     dropout_key: Shaped[ArrayLike, "..."] | None = None,
+    broadcast_dropout: bool = False,
     precision: jax.lax.Precision | str | None = None,
     deterministic: bool = False,
 ) -> Any:
@@ -90,6 +91,7 @@ def dot_product_attention(
       dropout_rate: probabilities are dropped with this rate, in [0, 1), the others divided by
         ``1 - rate``. The mask depends only on the key and on (b, h, position, key index).
       dropout_key: a key of ``jax.random``; required when the rate is positive.
+      broadcast_dropout: one mask, that of (position, key index), for all batch elements and heads.
       precision: of the matrix products, a ``jax.lax.Precision`` or its name. None is JAX's default,
         which multiplies float32 in TF32 on recent NVIDIA GPUs.
       deterministic: bitwise equal gradients from run to run, whatever that costs.
@@ -136,6 +138,7 @@ def dot_product_attention(
         mask_mod=mask_mod,
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
+        broadcast_dropout=broadcast_dropout,
         precision=precision,
         deterministic=deterministic,
     )

@@ -36,6 +36,7 @@ def canonicalize(
     mask_mod: Any = None,
     dropout_rate: Any = 0.0,
     dropout_key: Any = None,
+    broadcast_dropout: Any = False,
     precision: Any = None,
     deterministic: Any = False,
 ) -> tuple[spec.Problem, spec.Operands]:
@@ -85,6 +86,7 @@ def canonicalize(
         score_mod=score,
         mask_mod=visible,
         dropout_rate=rate,
+        broadcast_dropout=checks.flag("broadcast_dropout", broadcast_dropout),
         precision=checks.precision(precision),
         deterministic=checks.flag("deterministic", deterministic),
     )

@@ -24,6 +24,7 @@ def decode_attention(
     logits_soft_cap: float | None = None,
     alibi_slopes: Float[Array, "N"] | None = None,
     sinks: Float[Array, "N"] | None = None,
+    counts: Int32[Array, "*B"] | None = None,
     implementation: Implementation | None = None,
     return_residual: bool = False,
     debug_checks: bool = False,
@@ -48,6 +49,9 @@ def decode_attention(
       logits_soft_cap: logits become ``cap * tanh(s / cap)``.
       alibi_slopes: floating ``[N]``; ``slope * |i - j|`` is subtracted.
       sinks: floating ``[N]``; one logit a head that takes weight and has no value.
+      counts: int32 ``[*B]`` in ``[0, T]``, as of ``KVCache.append``: only the first ``counts[b]``
+        of the T tokens are new ones of sequence b, which ``lengths`` includes; token t stands at
+        ``lengths[b] - counts[b] + t``, and the rows of the others are empty. All T by default.
       implementation: None picks the fastest backend that supports the call; a name insists on one.
       return_residual: also return the lse.
       debug_checks: check at run time that lengths lie in ``[0, S]``. Costs a round trip to the
@@ -86,6 +90,7 @@ def decode_attention(
         (query, key, value),
         held,
         None,
+        counts,
         implementation,
         return_residual,
         scale=scale,
@@ -108,6 +113,7 @@ def paged_attention(
     logits_soft_cap: float | None = None,
     alibi_slopes: Float[Array, "N"] | None = None,
     sinks: Float[Array, "N"] | None = None,
+    counts: Int32[Array, "*B"] | None = None,
     implementation: Implementation | None = None,
     return_residual: bool = False,
     debug_checks: bool = False,
@@ -129,6 +135,7 @@ def paged_attention(
       logits_soft_cap: likewise.
       alibi_slopes: likewise.
       sinks: likewise.
+      counts: likewise.
       implementation: likewise.
       return_residual: likewise.
       debug_checks: check at run time that lengths fit the table and that tokens held are in pages
@@ -168,6 +175,7 @@ def paged_attention(
         (query, held_keys, held_values),
         held,
         table,
+        counts,
         implementation,
         return_residual,
         scale=scale,
@@ -182,6 +190,7 @@ def _attend(
     arrays: tuple[Any, Any, Any],  # query, keys, values
     lengths: Any,
     page_table: Any,  # None: keys and values are not in pages
+    counts: Any,
     implementation: str | None,
     return_residual: bool,
     **options: Any,
@@ -189,6 +198,9 @@ def _attend(
     checks.flag("return_residual", return_residual)
     query, key, value = arrays
     batch, T = query.shape[:-3], query.shape[-3]
+    if counts is not None:
+        counts = jnp.asarray(integers("counts", counts))
+        checks.shaped("counts", counts, batch, "[*B]")
     if page_table is not None:  # in place of what `canonicalize` takes for keys and values
         key, value = (jnp.zeros((*batch, 0, *x.shape[2:]), x.dtype) for x in (key, value))
     problem, operands = canonicalize(
@@ -196,7 +208,8 @@ def _attend(
         key,
         value,
         is_causal=True,
-        query_offset=lengths - T,
+        query_offset=lengths - (T if counts is None else counts),
+        query_seq_lengths=counts,
         key_value_seq_lengths=lengths,
         **options,
     )

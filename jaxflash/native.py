@@ -17,9 +17,11 @@ _backward = folding(hopper.backward, differentiates=True)
 
 def attend_cache(problem: spec.Problem, operands: spec.Operands) -> Any:
     """New tokens at the end of what a cache holds: few of them, or a chunk of a prompt."""
-    # The kernels find offsets from lengths: a subtraction less to launch.
-    operands = operands._replace(query_offset=None)
-    problem = dataclasses.replace(problem.of(operands), query_offset=-problem.T, from_last_key=True)
+    if operands.query_lengths is None:
+        # The kernels find offsets from lengths: a subtraction less to launch.
+        operands = operands._replace(query_offset=None)
+        problem = problem.of(operands)
+        problem = dataclasses.replace(problem, query_offset=-problem.T, from_last_key=True)
     return (forward if hopper.supports_decode(problem) else _decode)(problem, operands)
 
 

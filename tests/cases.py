@@ -319,6 +319,11 @@ _DROPOUT_KEY = np.array([7, 11], np.uint32)
 COMBINED = [
     Case("dropout", options=_given(dropout_rate=0.3, dropout_key=_DROPOUT_KEY)),
     Case(
+        "dropout_broadcast",
+        B=(2,),
+        options=_given(dropout_rate=0.3, dropout_key=_DROPOUT_KEY, broadcast_dropout=True),
+    ),
+    Case(
         "dropout_causal",
         N=6,
         K=2,

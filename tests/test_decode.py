@@ -42,6 +42,10 @@ class Call:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     only_gpu: bool = False
 
+    def count(self, b: int) -> int:
+        """How many of T rows are new tokens of a sequence; they come first."""
+        return int(self.options["counts"][b]) if "counts" in self.options else self.T
+
 
 _SLOPES, _SINKS = np.linspace(0.1, 0.4, 4, dtype=np.float32), np.array([0.5, -1, 2, 0], np.float32)
 CALLS = [
@@ -72,6 +76,10 @@ CALLS = [
     Call("chunk_of_prefill", (400, 130), T=70, page_size=64),
     Call("chunk_of_prefill_16", (512, 90), T=90, page_size=16, options={"sinks": _SINKS}),
     Call("contiguous_chunk", (400, 130), T=70),
+    Call("counts", (400, 90, 7), T=5, options={"counts": np.array([5, 2, 0], np.int32)}),
+    Call("counts_of_pages", (400, 90, 7), T=70, page_size=16, options={
+        "counts": np.array([70, 33, 7], np.int32),
+    }),
     Call("wide", (700, 3000), S=4096, N=8, K=2, H=256, only_gpu=True),
     Call("long", (40000, 17), S=65536, N=32, K=8, H=128, page_size=64, only_gpu=True),
     Call("long_of_its_own", (40000, 65536), S=65536, N=8, K=8, H=64, only_gpu=True),
@@ -79,7 +87,7 @@ CALLS = [
 # The interpreter takes seconds for each.
 INTERPRETED = (
     "longer_than_held", "many_rows", "value_dim", "odd_capacity", "alibi_and_sinks", "pages_256",
-    "pages_everything", "chunk_of_prefill_16", "empty_sequence",
+    "pages_everything", "chunk_of_prefill_16", "empty_sequence", "counts", "counts_of_pages",
 )  # fmt: skip
 
 
@@ -153,12 +161,16 @@ def test_out_and_lse(backend: str, call: Call) -> None:
     out, lse = _attend(call, backend)
     assert out.dtype == query.dtype
     for b, length in enumerate(call.lengths):
-        of_sequence = query[b : b + 1], key[b : b + 1, :length], value[b : b + 1, :length]
-        options = call.options | {"is_causal": True, "query_offset": length - call.T}
+        count = call.count(b)
+        of_sequence = query[b : b + 1, :count], key[b : b + 1, :length], value[b : b + 1, :length]
+        options = call.options | {"is_causal": True, "query_offset": length - count}
+        options.pop("counts", None)
         wide = (x.astype(np.float32) for x in of_sequence)
         truth = oracle.reference_in(None)(*wide, **options)
         attained = oracle.reference_in(query.dtype)(*of_sequence, **options)
-        found = (out[b : b + 1], lse[b : b + 1])
+        assert not np.any(out[b, count:])
+        assert np.all(lse[b, count:] == -np.inf)
+        found = (out[b : b + 1, :count], lse[b : b + 1, :count])
         for name, *arrays in zip(("out", "lse"), found, attained, truth, strict=True):
             oracle.check_array(name, *map(np.asarray, arrays), query.dtype)
 

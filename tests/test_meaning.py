@@ -140,7 +140,14 @@ def _kept(case: Case, arrays: dict[str, Any]) -> np.ndarray:
     types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), operands)
     device = spec.Device("cpu", "cpu")
     rate = given["dropout_rate"]
-    problem = spec.Problem(types, spec.Band(), 1.0, device, dropout_rate=rate)
+    problem = spec.Problem(
+        types,
+        spec.Band(),
+        1.0,
+        device,
+        dropout_rate=rate,
+        broadcast_dropout=given.get("broadcast_dropout", False),
+    )
     tile = spec.tile_of(problem, operands, (0, T), (0, S))
     return np.asarray(spec.dropout.keep(problem, tile, seed))
 

@@ -1,5 +1,7 @@
 """The shared language against brute force."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -227,6 +229,15 @@ def test_dropout_is_uncorrelated() -> None:
         (x[0, 0, :-1, 1:], x[0, 0, 1:, :-1]),
     ):
         assert abs((a * b).mean()) < 6 * 0.25 / np.sqrt(n)
+
+
+def test_dropout_may_be_one_mask_for_all() -> None:
+    problem, operands = _problem(40, 60, 0.4)
+    problem = dataclasses.replace(problem, broadcast_dropout=True)
+    tile = spec.tile_of(problem, operands, (0, 40), (0, 60))
+    kept = np.asarray(spec.dropout.keep(problem, tile, operands.dropout_seed))
+    assert kept.size == 40 * 60
+    assert abs(kept.mean() - 0.6) < 6 * np.sqrt(0.24 / kept.size)
 
 
 def test_dropout_depends_on_position_alone() -> None:

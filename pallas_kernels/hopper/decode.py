@@ -190,4 +190,6 @@ def supports_decode(problem: spec.Problem) -> str | None:
     """Why this kernel cannot run a problem, or None."""
     if problem.T > _MAX_TOKENS:
         return f"decodes up to {_MAX_TOKENS} new tokens at once; got {problem.T}"
+    if problem.operands.query_lengths is not None:
+        return "decodes as many new tokens of each sequence"
     return supports(problem)

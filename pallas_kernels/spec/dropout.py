@@ -22,9 +22,12 @@ _MULTIPLIER_B = np.uint32(0x846CA68B)
 def keep(problem: Problem, tile: Tile, seed: Any) -> Any:
     """Which elements of the tile are kept, with probability ``1 - dropout_rate`` each.
 
-    ``seed`` is [2] uint32. A row has a 64-bit key of its own, so that rows never share a sequence.
+    ``seed`` is [2] uint32. A row has a 64-bit key of its own, so that rows never share a sequence,
+    unless batch and heads are to share one mask.
     """
-    stream = _u32(tile.batch) * np.uint32(problem.N) + _u32(tile.head)
+    stream = np.uint32(0)
+    if not problem.broadcast_dropout:
+        stream = _u32(tile.batch) * np.uint32(problem.N) + _u32(tile.head)
     first = _mix(_u32(tile.position) ^ _mix(stream ^ seed[0]))
     second = _mix(first ^ seed[1])
     x = _u32(tile.key) * _GOLDEN + first

@@ -161,6 +161,7 @@ class Problem:
     score_mod: ElementFunction | None = None
     mask_mod: ElementFunction | None = None
     dropout_rate: float = 0.0
+    broadcast_dropout: bool = False  # one mask for all batch elements and heads
     precision: Any = None
     deterministic: bool = False
     constant: frozenset[str] = frozenset()  # operands whose gradients nobody asks for
