@@ -18,9 +18,13 @@ TABLES: dict[str, tuple[str, str]] = {
     "backward": ("bench.backward", "the same with gradients, and the backward alone"),
     "decode": ("bench.decode", "new tokens against a cache, contiguous and in pages: TB/s"),
     "train": ("bench.train", "loss curves of a transformer with a kernel and with the reference"),
+    "throughput": ("bench.throughput", "training of Llama 2: samples a second by attention"),
+    "generation": ("bench.generation", "tokens a second of Llama 2 7B and GPT models, batch 1"),
+    "serving": ("bench.serving", "continuous batching: users and tokens a second with pages"),
     "tune": ("bench.tune", "measure configurations of the Hopper forward for the library's table"),
     "long": ("bench.long", "time at long sequences, causal and full, forward and with gradients"),
     "memory": ("bench.memory", "temporary memory of the compiled programs, T 512 to 32768"),
+    "footprint": ("bench.footprint", "memory of caches and of Llama 2 7B, compiled for a GPU"),
     "aot": ("bench.aot", "programs compiled for GPUs that are not here: registers, spills, memory"),
 }
 

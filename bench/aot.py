@@ -81,14 +81,15 @@ class Program:
 
 
 def compile_for(
-    fn: Callable[..., Any], *structs: jax.ShapeDtypeStruct, gpu: str = "h100"
+    fn: Callable[..., Any], *structs: Any, gpu: str = "h100", donated: tuple[int, ...] = ()
 ) -> Program:
     """Compiles a function for a GPU that need not be here.
 
     Args:
       fn: Any function that ``jax.jit`` takes.
-      *structs: Its arguments without their contents.
+      *structs: Its arguments without their contents, `jax.ShapeDtypeStruct` or pytrees of it.
       gpu: One of `GPUS`.
+      donated: Which arguments' memory is for the results.
 
     Returns:
       What the compiler reports.
@@ -105,7 +106,8 @@ def compile_for(
         # Pallas-Triton reads the kind of device from the abstract mesh (JAX 0.11 and later).
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             replicated = NamedSharding(mesh, PartitionSpec())
-            lowered = jax.jit(fn, in_shardings=replicated).lower(*structs)
+            jitted = jax.jit(fn, in_shardings=replicated, donate_argnums=donated)
+            lowered = jitted.lower(*structs)
         analysis = lowered.compile().memory_analysis()
         kernels = _kernels(lowered.as_text(), Path(folder), GPUS[gpu])
     assert analysis is not None  # CUDA always has one

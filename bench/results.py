@@ -199,8 +199,12 @@ class Report(NamedTuple):
 
 
 def publish(report: Report, device: jax.Device, out_dir: Path) -> None:
-    """Prints a report, appends its rows, writes its markdown and its plot."""
-    place = device_slug(device)
+    """Prints a report of what ran on a device, appends its rows, writes its markdown and plot."""
+    write(report, device_slug(device), origin_line(device), out_dir)
+
+
+def write(report: Report, place: str, origin: str, out_dir: Path) -> None:
+    """The same for any place, a part of file names, and a line that says whence figures are."""
     stem = f"{report.table}{report.variant}-{place}"
     plot, problem, picture = out_dir / f"{stem}.png", None, ""
     if report.plot_lines is not None:
@@ -208,7 +212,7 @@ def publish(report: Report, device: jax.Device, out_dir: Path) -> None:
         problem = save_plot(plot, report.title, *labels)
         picture = f"\n{problem or f'![{report.title}]({plot.name})'}\n"
     parts = [f"## {report.title}", *(section for section in report.sections if section)]
-    text = "\n\n".join([*parts, origin_line(device)])
+    text = "\n\n".join([*parts, origin])
     append_rows(out_dir / f"{report.table}-{place}.jsonl", report.rows)
     markdown = out_dir / f"{stem}.md"
     markdown.write_text(f"{text}\n{picture}", encoding="utf-8")

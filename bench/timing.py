@@ -85,14 +85,18 @@ class Compiler:
         self._threads = futures.ThreadPoolExecutor(max(1, results.usable_cores() - 2))
 
     def submit(
-        self, function: Callable[..., Any], *args: Any, is_timed: bool = True
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        is_timed: bool = True,
+        donated: tuple[int, ...] = (),
     ) -> futures.Future[jax.stages.Compiled]:
         """Lowers here, for lowering keeps to one thread; arguments may be without contents.
 
         What is not timed is compiled without a search for the fastest products.
         """
         options: Any = None if is_timed else {"xla_gpu_autotune_level": 0}
-        lowered = jax.jit(function).lower(*args)
+        lowered = jax.jit(function, donate_argnums=donated).lower(*args)
         return self._threads.submit(lowered.compile, compiler_options=options)
 
 

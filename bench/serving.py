@@ -1,0 +1,99 @@
+"""Users and tokens a second of one model in the same memory: cache in pages, and contiguous."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from bench import results
+from bench.capacity import format_bytes
+from bench.models.config import MODELS, Config
+from bench.models.generate import Model, random_model, structure_of
+from bench.models.serving import Memory, Served, Server, random_requests
+
+SUMMARY = "Continuous batching of random requests: a cache in pages against a contiguous one."
+_TINY = Config("tiny", 64, 32, 2, 4, 48, positions=4096)
+
+
+class Setup(NamedTuple):
+    """A model, its memory for keys and values, and the requests."""
+
+    config: Config
+    cache_bytes: int
+    capacity: int  # tokens that a request may take
+    slots: int  # that a cache in pages has
+    page_size: int
+    requests: int
+    prompts: tuple[int, int]
+    tokens: tuple[int, int]
+    chunk: int = 512
+
+    @property
+    def memories(self) -> dict[str, Memory]:
+        """The same memory divided in two ways."""
+        tokens = self.cache_bytes // self.config.kv_bytes_per_token
+        return {
+            "pages": Memory(self.slots, self.capacity, tokens // self.page_size, self.page_size),
+            "contiguous": Memory(tokens // self.capacity, self.capacity, None),
+        }
+
+
+_LLAMA = Setup(MODELS["llama-2-7b"], 40 * 10**9, 4096, 96, 64, 256, (64, 1024), (64, 512))
+_SMALL = Setup(_TINY, 4 * 128 * 256, 128, 10, 16, 12, (3, 60), (2, 30), chunk=32)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serves with both, prints and writes the table."""
+    parser = argparse.ArgumentParser(prog="python -m bench serving", description=SUMMARY)
+    parser.add_argument("--tiny", action="store_true", help="a model for trying the table out")
+    parser.add_argument("--requests", type=int)
+    parser.add_argument("--out", type=Path, default=results.RESULTS, metavar="DIR")
+    options = parser.parse_args(argv)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    device = jax.devices()[0]
+    setup = _SMALL if options.tiny else _LLAMA
+    requests = random_requests(
+        options.requests or setup.requests, setup.config.vocabulary, setup.prompts, setup.tokens
+    )
+    parameters = random_model(setup.config, None).parameters
+    served: dict[str, Served] = {}
+    for name, memory in setup.memories.items():
+        attention: Any = "hopper" if device.platform == "gpu" else "xla"
+        model = Model(structure_of(setup.config, attention), parameters)
+        server = Server(model, setup.config, memory, chunk=setup.chunk)
+        server.serve(requests[:1])  # compiles
+        served[name] = server.serve(requests)
+        del server
+    generated = sum(request.tokens for request in requests)
+    lines, records = [], []
+    for name, found in served.items():
+        memory = setup.memories[name]
+        assert sum(map(len, found.answers)) == generated
+        rate = generated / found.seconds
+        lines.append([name, str(memory.slots), f"{found.users:.1f}", f"{rate:.0f}"])
+        records.append(
+            {"cache": name, **memory._asdict(), "users": found.users, "tokens_per_s": rate}
+        )
+    users, rates = ([float(r[key]) for r in records] for key in ("users", "tokens_per_s"))
+    held = [len(request.prompt) + request.tokens for request in requests]
+    sections = [
+        f"{setup.config.name} with {format_bytes(setup.cache_bytes)} for keys and values; "
+        f"{len(requests)} requests, prompts of {setup.prompts[0]} to {setup.prompts[1]} tokens, "
+        f"answers of {setup.tokens[0]} to {setup.tokens[1]}, {np.mean(held):.0f} in all on "
+        f"average; up to {setup.capacity} are allowed. `users`: requests in work at a time. Prompts "
+        "are prefilled one by one.",
+        results.markdown_table(["cache", "slots", "users", "tokens a second"], lines),
+        f"Pages hold {users[0] / users[1]:.2f} times as many users and give "
+        f"{rates[0] / rates[1]:.2f} times the tokens a second. The seed claims 2 to 3 times as many "
+        "users.",
+    ]
+    origin = results.origin(device)
+    report = results.Report("serving", "", "Serving", sections, [r | origin for r in records])
+    results.publish(report, device, options.out)
+    return 0

@@ -1,0 +1,218 @@
+"""Training throughput of real models: samples a second by attention, beside the seed's claims."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import time
+from collections.abc import Sequence
+from concurrent import futures
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bench import results, seed
+from bench.models import training
+from bench.models.config import MODELS, Config
+from bench.models.decoder import Attention
+from bench.timing import Compiler, Program, device_clock, interleaved
+
+SUMMARY = "Samples a second in training: Llama 2 by batch and length, 13B and 70B from few layers."
+_STEPS = 4  # that are timed, after one that is not
+_SIDE = 8192  # of the product that utilisation refers to
+_TINY = Config("tiny", 64, 32, 4, 4, 48)
+
+
+class Problem(NamedTuple):
+    """A training step, and what the seed document claims of it."""
+
+    config: Config
+    batch: int
+    length: int
+    claim: seed.RateClaim | None
+    layers: tuple[int, ...]  # that are measured: all, or two numbers from which the rest follows
+
+    @property
+    def label(self) -> str:
+        return f"{self.config.name}, {self.batch} x {self.length}"
+
+    def scaled(self, seconds: Sequence[float]) -> float:
+        """Seconds of all layers, from those of the layers measured."""
+        if len(self.layers) == 1:
+            return seconds[0]
+        (few, many), (short, long) = self.layers, seconds
+        return short + (self.config.layers - few) * (long - short) / (many - few)
+
+    @property
+    def flops(self) -> float:
+        return self.config.flops(self.batch, self.length, with_gradients=True)
+
+
+def problems(*, tiny: bool) -> list[Problem]:
+    """The seed's rows."""
+    if tiny:
+        return [Problem(_TINY, 2, 16, None, (4,)), Problem(_TINY, 2, 16, None, (1, 2))]
+    whole = MODELS["llama-2-7b"]
+    rows = [
+        Problem(whole, batch, length, claim, (whole.layers,))
+        for (batch, length), claim in seed.TRAINING.items()
+    ]
+    for name, layers in (("llama-2-13b", (4, 12)), ("llama-2-70b", (1, 4))):
+        rows.append(Problem(MODELS[name], 4, 2048, seed.LLAMA_MODELS[name], layers))
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compiles everything, then runs it; prints and writes the table."""
+    parser = argparse.ArgumentParser(prog="python -m bench throughput", description=SUMMARY)
+    parser.add_argument("--tiny", action="store_true", help="a model for trying the table out")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="rows that contain a word")
+    parser.add_argument("--attention", nargs="+", help="default: ours and jax.nn's")
+    parser.add_argument("--out", type=Path, default=results.RESULTS, metavar="DIR")
+    options = parser.parse_args(argv)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    device = jax.devices()[0]
+    on_gpu = device.platform == "gpu"
+    names = options.attention or (
+        ["hopper", "cudnn", "standard"] if on_gpu else ["xla", "standard"]
+    )
+    rows = [
+        p for p in problems(tiny=options.tiny)
+        if not options.only or any(word in p.label for word in options.only)
+    ]  # fmt: skip
+    peak = product_tflops(device, _SIDE if on_gpu else 256)
+    compiler = Compiler()
+    waiting = {
+        (p, name, layers): _submit(compiler, p, name, layers)
+        for p in rows
+        for name in names
+        for layers in p.layers
+    }
+    footnotes, lines, records = results.Footnotes(), [], []
+    for p in rows:
+        seconds: dict[str, float] = {}
+        reasons: dict[str, str] = {}
+        for name in names:
+            try:
+                parts = [_seconds(p, name, n, waiting.pop((p, name, n))) for n in p.layers]
+                seconds[name] = p.scaled(parts)
+            except jax.errors.JaxRuntimeError as error:
+                reasons[name] = results.first_line(error)[:200]
+        lines.append(_line(p, names, seconds, reasons, peak, footnotes))
+        print(" | ".join(lines[-1]), flush=True)
+        records += _records(p, names, seconds, reasons, peak)
+    headers = ["", *names, "/ standard", "/ cudnn", "of product", "seed: Standard", "seed: Flash"]
+    sections = [
+        "Samples a second of a training step: AdamW, parameters, gradients and moments in "
+        "bfloat16, blocks rematerialised but for attention. Models that do not fit are scaled from "
+        "steps with the layers named. `of product`: matrix products of the model (attention counts "
+        f"what is visible) by the rate of a product of side {_SIDE} in the same run, "
+        f"{peak:.0f} TFLOP/s.",
+        results.markdown_table(headers, lines),
+        footnotes.text(),
+    ]
+    origin = results.origin(device)
+    report = results.Report(
+        "throughput", "", "Training throughput", sections, [r | origin for r in records]
+    )
+    results.publish(report, device, options.out)
+    return 0
+
+
+def product_tflops(device: jax.Device, side: int) -> float:
+    """The rate of a square product in bfloat16."""
+    x = jnp.ones((side, side), jnp.bfloat16)
+    program = Program(jax.jit(jnp.matmul).lower(x, x).compile(), (x, x))
+    timing = interleaved({"product": program}, device_clock(device), repeats=5)["product"]
+    return 2 * side**3 / timing.median_ms / 1e9
+
+
+def _submit(
+    compiler: Compiler, p: Problem, name: Any, layers: int
+) -> futures.Future[jax.stages.Compiled]:
+    config = dataclasses.replace(p.config, layers=layers)
+    setup = training.trainer(config, _attention(name))
+    state = jax.eval_shape(lambda: training.initial(config, setup))
+    tokens = jax.ShapeDtypeStruct((p.batch, p.length + 1), jnp.int32)
+    return compiler.submit(
+        lambda state, tokens: training.step(setup, state, tokens), state, tokens, donated=(0,)
+    )
+
+
+def _seconds(
+    p: Problem, name: Any, layers: int, step: futures.Future[jax.stages.Compiled]
+) -> float:
+    """Of one step."""
+    run = step.result()
+    config = dataclasses.replace(p.config, layers=layers)
+    setup = training.trainer(config, _attention(name))
+    state = jax.jit(lambda: training.initial(config, setup))()
+    shape = (p.batch, p.length + 1)
+    tokens = jax.random.randint(jax.random.key(0), shape, 0, config.vocabulary)
+    state, loss = run(state, tokens)
+    jax.block_until_ready(loss)
+    start = time.perf_counter()
+    for _ in range(_STEPS):
+        state, loss = run(state, tokens)
+    jax.block_until_ready(loss)
+    return (time.perf_counter() - start) / _STEPS
+
+
+def _attention(name: Any) -> Attention:
+    return name
+
+
+def _line(
+    p: Problem,
+    names: Sequence[str],
+    seconds: dict[str, float],
+    reasons: dict[str, str],
+    peak: float,
+    footnotes: results.Footnotes,
+) -> list[str]:
+    ours = names[0]
+
+    def rate(name: str) -> str:
+        if name in reasons:
+            return footnotes.empty_cell(reasons[name])
+        return f"{p.batch / seconds[name]:.3g}"
+
+    def ratio(name: str) -> str:
+        if name not in seconds or ours not in seconds:
+            return ""
+        return f"{seconds[name] / seconds[ours]:.2f}"
+
+    scaled = "" if len(p.layers) == 1 else f" (from {' and '.join(map(str, p.layers))} layers)"
+    share = f"{p.flops / seconds[ours] / peak / 1e12:.1%}" if ours in seconds else ""
+    claimed = ["", ""]
+    if p.claim is not None:
+        claimed = ["OOM" if p.claim.standard is None else f"{p.claim.standard:g}"]
+        claimed.append(f"{p.claim.flash:g}")
+    ratios = ratio("standard"), ratio("cudnn")
+    return [p.label + scaled, *map(rate, names), *ratios, share, *claimed]
+
+
+def _records(
+    p: Problem,
+    names: Sequence[str],
+    seconds: dict[str, float],
+    reasons: dict[str, str],
+    peak: float,
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "model": p.config.name,
+            "batch": p.batch,
+            "length": p.length,
+            "layers_measured": p.layers,
+            "attention": name,
+            "seconds": seconds.get(name),
+            "reason": reasons.get(name),
+            "flops": p.flops,
+            "product_tflops": peak,
+        }
+        for name in names
+    ]
