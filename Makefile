@@ -15,7 +15,7 @@ gpu := $(shell command -v nvidia-smi)
 pin := $(if $(JAX),"jax==$(JAX)")
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint aot shown bench wheel clean
+.PHONY: help demo test hf lint aot shown bench wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
@@ -25,6 +25,9 @@ demo: $(VENV)/.demo  ## attention against the standard one, and a model that lea
 
 test: $(VENV)/.test  ## all tests that need no GPU
 	$(bin)/python -m pytest -n auto -m "not aot" $(ARGS)
+
+hf: $(VENV)/.hf  ## the models of the bench against Hugging Face's, which need torch
+	$(bin)/python -m pytest tests/test_huggingface.py $(ARGS)
 
 lint: $(VENV)/.lint  ## ruff (check, format) and mypy
 	$(bin)/ruff check .
@@ -58,6 +61,10 @@ $(VENV)/.demo: $(VENV)/.made pyproject.toml
 
 $(VENV)/.test: $(VENV)/.demo
 	$(bin)/python -m pip install --quiet $(pin) -e ".[test,bench]"
+	touch $@
+
+$(VENV)/.hf: $(VENV)/.test
+	$(bin)/python -m pip install --quiet $(pin) -e ".[test,bench,hf]"
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.test

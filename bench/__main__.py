@@ -21,6 +21,7 @@ TABLES: dict[str, tuple[str, str]] = {
     "throughput": ("bench.throughput", "training of Llama 2: samples a second by attention"),
     "generation": ("bench.generation", "tokens a second of Llama 2 7B and GPT models, batch 1"),
     "serving": ("bench.serving", "continuous batching: users and tokens a second with pages"),
+    "report": ("bench.report", "every table of the seed document, from the results that are there"),
     "tune": ("bench.tune", "measure configurations of the Hopper forward for the library's table"),
     "long": ("bench.long", "time at long sequences, causal and full, forward and with gradients"),
     "memory": ("bench.memory", "temporary memory of the compiled programs, T 512 to 32768"),

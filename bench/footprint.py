@@ -26,7 +26,7 @@ from bench.models import training
 from bench.models.config import MODELS
 from bench.models.decoder import Decoder
 from bench.models.generate import contiguous_caches, structure_of
-from bench.shapes import Shape
+from bench.shapes import DIRECTIONS, Shape, score_matrix_bytes
 from jaxflash.api import Implementation
 
 SUMMARY = "Memory of caches, and of Llama 2 7B in inference and training, by the compiler."
@@ -117,6 +117,26 @@ def of_caches(gpu: str) -> Table:
         "seed: Total",
     ]
     title = f"### KV cache: batch {B}, {N} heads, head dim {H}, bfloat16"
+    return f"{title}\n\n{results.markdown_table(headers, lines)}", records
+
+
+def of_temporaries(gpu: str) -> Table:
+    """What attention alone allocates beside its inputs and outputs."""
+    lines, records = [], []
+    B, N, H = seed.MEMORY_BATCH, seed.HEADS, seed.HEAD_DIM
+    both = {"standard": aot.standard_attention, "jaxflash": _attention(gpu)}
+    for length in (512, 1024, 2048, 4096, 8192, 16384, 32768):
+        shape = Shape(B, length, length, N, N, H)
+        found = {
+            f"{name}, {direction}": aot.temp_bytes(attention, shape, direction, gpu)
+            for direction in DIRECTIONS
+            for name, attention in both.items()
+        }
+        matrix = score_matrix_bytes(shape)
+        lines.append([str(length), format_bytes(matrix), *map(format_bytes, found.values())])
+        records.append({"length": length, "matrix": matrix, "temporary": found})
+    title = f"### Temporary memory of attention: batch {B}, {N} heads, head dim {H}, bfloat16"
+    headers = ["T", "a matrix of scores", *found]
     return f"{title}\n\n{results.markdown_table(headers, lines)}", records
 
 
@@ -235,6 +255,7 @@ def _training_bytes(attention: Any, batch: int, length: int, gpu: str) -> int:
 
 _TABLES: dict[str, Callable[[str], Table]] = {
     "caches": of_caches,
+    "temporaries": of_temporaries,
     "attention": of_attention,
     "inference": of_inference,
     "training": of_training,

@@ -86,11 +86,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{setup.config.name} with {format_bytes(setup.cache_bytes)} for keys and values; "
         f"{len(requests)} requests, prompts of {setup.prompts[0]} to {setup.prompts[1]} tokens, "
         f"answers of {setup.tokens[0]} to {setup.tokens[1]}, {np.mean(held):.0f} in all on "
-        f"average; up to {setup.capacity} are allowed. `users`: requests in work at a time. Prompts "
+        f"average; {setup.capacity} are allowed. `users`: requests in work at a time. Prompts "
         "are prefilled one by one.",
         results.markdown_table(["cache", "slots", "users", "tokens a second"], lines),
         f"Pages hold {users[0] / users[1]:.2f} times as many users and give "
-        f"{rates[0] / rates[1]:.2f} times the tokens a second. The seed claims 2 to 3 times as many "
+        f"{rates[0] / rates[1]:.2f} times the tokens a second. The seed claims 2 to 3 times the "
         "users.",
     ]
     origin = results.origin(device)
