@@ -104,7 +104,7 @@ def compile_for(
     mesh = Mesh(np.array(_topology(GPUS[gpu]).devices), ("device",))
     with tempfile.TemporaryDirectory() as folder, _dumping(folder):
         # Pallas-Triton reads the kind of device from the abstract mesh (JAX 0.11 and later).
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        with jax.sharding.use_abstract_mesh(_abstract(mesh, GPUS[gpu])):
             replicated = NamedSharding(mesh, PartitionSpec())
             jitted = jax.jit(fn, in_shardings=replicated, donate_argnums=donated)
             lowered = jitted.lower(*structs)
@@ -118,6 +118,17 @@ def compile_for(
         analysis.temp_size_in_bytes,
         analysis.peak_memory_in_bytes,
         kernels,
+    )
+
+
+def _abstract(mesh: Mesh, gpu: Gpu) -> jax.sharding.AbstractMesh:
+    """The mesh without its device, which has a name that Pallas-Triton knows."""
+    abstract = mesh.abstract_mesh
+    if gpu.known_as is None:
+        return abstract
+    device = dataclasses.replace(abstract.abstract_device, device_kind=gpu.known_as)
+    return jax.sharding.AbstractMesh(
+        abstract.axis_sizes, abstract.axis_names, abstract.axis_types, abstract_device=device
     )
 
 

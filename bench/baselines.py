@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 import jaxflash
 from bench.shapes import Shape
+from jaxflash.arguments import canonicalize
 
 Attention = Callable[..., jax.Array]  # (query, key, value, *, is_causal, further options)
 
@@ -51,7 +52,7 @@ class Implementation:
 
 def catalogue() -> list[Implementation]:
     """Every implementation in the order of the tables, whether it can run here or not."""
-    return [standard(), cudnn(), tokamax(), flash_attn3(), *ours()]
+    return [standard(), cudnn(), tokamax(), flash_attn3(), flash_attn1(), *ours()]
 
 
 def select(names: Sequence[str] | None) -> list[Implementation]:
@@ -116,6 +117,22 @@ def flash_attn3() -> Implementation:
     return Implementation(
         "fa3", "flash_attn3_jax.flash_mha", call, reason, _flash_attn3_refusal, _flash_attn3_note
     )
+
+
+def flash_attn1() -> Implementation:
+    """This library's Triton kernel with a program for each head, as FlashAttention-1 has it."""
+    refuse = functools.partial(_backend_refusal, backend="triton")
+    summary = "jaxflash's triton kernel, one program a head (FlashAttention-1)"
+    return Implementation("fa1", summary, _call_flash_attn1, refuse=refuse)
+
+
+def _call_flash_attn1(
+    query: jax.Array, key: jax.Array, value: jax.Array, *, is_causal: bool
+) -> jax.Array:
+    kernels = importlib.import_module("pallas_kernels.triton")
+    problem, operands = canonicalize(query, key, value, is_causal=is_causal)
+    config = dataclasses.replace(kernels.forward_config(problem), schedule=1)
+    return kernels.forward(problem, operands, config)[0]
 
 
 def fa3_kvcache() -> tuple[Callable[..., Any] | None, str | None]:

@@ -46,6 +46,7 @@ class Gpu:
     memory: int
     bandwidth: int  # bytes a second
     clock_ghz: float
+    known_as: str | None = None  # what Pallas-Triton knows of it, where that is another name
 
     def target_config(self) -> str:
         """The description in the form that ``topologies.get_topology_desc`` takes."""
@@ -69,6 +70,7 @@ GPUS = {
     ),
     "a10g": Gpu(
         description="NVIDIA A10G",
+        known_as="NVIDIA A10",
         capability=(8, 6),
         multiprocessors=80,
         threads_per_multiprocessor=1536,

@@ -404,19 +404,28 @@ def serving_rates(found: Found) -> str:
 
 def versions(found: Found) -> str:
     """The seed's comparison of versions, as far as its columns exist here."""
-    ours = found.latest("forward", problem="B8 T4096 N32/32 H64 full", implementation="jaxflash")
+    names = {"FA1": "fa1", "FA2": "jaxflash-triton", "FA3 (FP16)": "jaxflash-hopper"}
+    rows = {
+        version: found.latest("speed", **_measured(8, 4096), implementation=name)
+        for version, name in names.items()
+    }
+    rows["FA3 (FP16)"] = rows["FA3 (FP16)"] or found.latest(
+        "forward", problem="B8 T4096 N32/32 H64 full", implementation="jaxflash"
+    )
     lines = []
     for name, claim in seed.VERSIONS.items():
-        cells = ["", ""]
-        if name == "FA3 (FP16)" and ours and ours["median_ms"]:
-            cells = [_number(ours["median_ms"]), f"{ours['tflops']:.0f}"]
+        row = rows.get(name)
+        cells = ["-", "-"]
+        if row and row["median_ms"]:
+            cells = [_number(row["median_ms"]), f"{row['tflops']:.0f}"]
         claimed = [_number(claim.forward_ms), _number(claim.tflops), f"{claim.utilisation:.0%}"]
         lines.append([name, *cells, *claimed])
     headers = ["version", "ms", "TFLOP/s", "seed: ms", "seed: TFLOP/s", "seed: utilisation"]
     return _section(
         "Versions: H100, T 4096, batch 8, 32 heads, head dim 64",
-        "FA3 (FP16) is `hopper` in bfloat16, measured. FA1 and FA2 are schedules of the portable "
-        "kernels, and FP8 a kernel, that this library does not have yet.",
+        "FA3 (FP16) is `hopper` in bfloat16, FA2 is `triton`, FA1 the same with a program for each "
+        "head; measured where there are figures (`python -m bench speed`). FP8: there is no kernel "
+        "yet.",
         markdown_table(headers, lines),
     )
 

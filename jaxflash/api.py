@@ -12,7 +12,7 @@ from pallas_kernels import spec
 
 ScoreMod = Callable[[Any, Any, Any, Any, Any], Any]
 MaskMod = Callable[[Any, Any, Any, Any], Any]
-Implementation = Literal["hopper", "xla", "reference"]
+Implementation = Literal["hopper", "triton", "xla", "reference"]
 
 
 def dot_product_attention(
@@ -72,7 +72,8 @@ def dot_product_attention(
       local_window_size: ``(left, right)``, or an int for both: position i sees keys
         ``i - left <= j <= i + right``.
       implementation: None picks the fastest backend that supports the call; a name (``"hopper"``,
-        ``"xla"``, ``"reference"``) insists on one and raises its reason if it refuses.
+        ``"triton"``, ``"xla"``, ``"reference"``) insists on one and raises its reason if it
+        refuses.
       return_residual: also return the lse.
       query_offset: position of query row 0 on the key axis, int or int32 ``[]`` or ``[*B]``; 0 by
         default. ``S - T`` makes causal attention bottom-right aligned.
@@ -182,6 +183,7 @@ def explain(
       >>> x = jax.ShapeDtypeStruct((2, 128, 4, 64), "bfloat16")
       >>> print(jaxflash.explain(x, x, x, is_causal=True))
       hopper     refuses: needs a Hopper GPU (H100, H200); this device is cpu
+      triton     refuses: needs an NVIDIA GPU, Ampere or later; this device is cpu
       xla        runs
       reference  would run if asked for
     """

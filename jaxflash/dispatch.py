@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxflash import native, reference, xla
+from jaxflash import native, portable, reference, xla
 from jaxflash.gathering import gathering
 from pallas_kernels import hopper, spec
 
@@ -29,6 +29,7 @@ class Backend(NamedTuple):
 # In the order in which they are tried.
 BACKENDS = (
     Backend("hopper", hopper.supports, native.forward, native.backward),
+    Backend("triton", portable.supports, portable.forward, portable.backward),
     Backend("xla", xla.supports, xla.forward, xla.backward),
     Backend("reference", reference.supports, reference.forward, None),
 )
@@ -36,6 +37,7 @@ BACKENDS = (
 # The same for attention of new tokens to a cache, whose keys and values may be in pages.
 OF_CACHES = (
     Backend("hopper", hopper.supports, native.attend_cache, None),
+    Backend("triton", portable.supports, portable.attend_cache, None),
     Backend("xla", xla.supports, gathering(xla.forward), None),
     Backend("reference", reference.supports, gathering(reference.forward), None),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import tempfile
@@ -22,7 +23,7 @@ from bench.shapes import Shape, score_matrix_bytes
 from jaxflash import tuning
 from jaxflash.arguments import canonicalize
 from pallas_kernels import mosaic
-from pallas_kernels.mosaic.evaluate import SUPPORTED
+from pallas_kernels.common.evaluate import SUPPORTED
 from tests import small_kernel
 from tests.small_kernel import TILE, Form
 
@@ -168,6 +169,63 @@ def test_hopper_backward_compiles_without_spills(name: str) -> None:
     kernels = aot.compile_for(jax.grad(loss, (0, 1, 2)), q, k, v, gpu="h100").kernels
     assert [kernel.name for kernel in kernels] == ["forward_kernel", "backward_kernel"]
     _assert_fast(kernels[1], spilled=_OF_GROUPS.get(name, 0))
+
+
+def _triton_forms() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+    """Every size of head in each kernel, then everything else at once."""
+    forms: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {}
+    attend = functools.partial(
+        jaxflash.dot_product_attention, is_causal=True, implementation="triton"
+    )
+
+    def loss(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+        return jnp.sum(function(*arrays).astype(jnp.float32))
+
+    for columns in (64, 128, 256):
+        q, k = _bf16(2, 1000, 8, columns), _bf16(2, 1000, 2, columns)
+        forms[f"forward-{columns}"] = (attend, (q, k, k))
+        gradients = jax.grad(functools.partial(loss, attend), (0, 1, 2))
+        forms[f"backward-{columns}"] = (gradients, (q, k, k))
+        pages = _bf16(99, 16, 2, columns)
+        numbers = [jax.ShapeDtypeStruct(s, jnp.int32) for s in ((2, 64), (2,))]
+        decode = functools.partial(jaxflash.paged_attention, implementation="triton")
+        forms[f"decode-{columns}"] = (decode, (_bf16(2, 1, 8, columns), pages, pages, *numbers))
+
+    def everything(q: Any, k: Any, v: Any, bias: Any, slopes: Any, ids: Any, table: Any) -> Any:
+        def plain(q: Any, k: Any, v: Any, bias: Any, slopes: Any) -> jax.Array:
+            return attend(
+                q, k, v, bias, alibi_slopes=slopes, query_segment_ids=ids,
+                key_value_segment_ids=ids, dropout_rate=0.1, dropout_key=jax.random.key(0),
+            )  # fmt: skip
+
+        def modified(q: Any, k: Any, v: Any) -> jax.Array:
+            def score(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+                return s + table[h, jnp.clip(i - j, 0, 31)] * jnp.cos(s)
+
+            return attend(
+                q, k, v, logits_soft_cap=20.0, score_mod=score,
+                mask_mod=lambda b, h, i, j: (i - j) % 3 != 1, local_window_size=(500, 0),
+            )  # fmt: skip
+
+        arrays = q, k, v
+        first = jax.grad(functools.partial(loss, plain), (0, 1, 2, 3, 4))(*arrays, bias, slopes)
+        return first, jax.grad(functools.partial(loss, modified), (0, 1, 2))(*arrays)
+
+    x, f32 = _bf16(2, 1000, 8, 128), jnp.float32
+    others = [
+        jax.ShapeDtypeStruct(*s) for s in (((8,), f32), ((2, 1000), jnp.int32), ((8, 32), f32))
+    ]
+    forms["everything"] = (everything, (x, x, x, _bf16(1, 8, 1000, 1000), *others))
+    return forms
+
+
+@needs_compiler
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("name", TRITON := _triton_forms())
+def test_triton_kernels_compile_for_every_card(name: str, gpu: str) -> None:
+    """Within the shared memory that each has."""
+    function, structs = TRITON[name]
+    assert aot.compile_for(function, *structs, gpu=gpu).kernels == ()
 
 
 class _Decode(NamedTuple):

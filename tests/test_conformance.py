@@ -11,12 +11,13 @@ import pytest
 
 import jaxflash
 from jaxflash.dispatch import BACKENDS
-from pallas_kernels import mosaic
+from pallas_kernels import mosaic, triton
 from tests import oracle
 from tests.cases import CASES, POISONED, Case
 
-# Compute in 16 bits, on a GPU; elsewhere they are interpreted, race detector on, on these cases.
-KERNELS = ("hopper",)
+# Compute in 16 bits, on a GPU; elsewhere they are interpreted on these cases, Mosaic's with the
+# race detector on.
+KERNELS = ("hopper", "triton")
 INTERPRETED = (
     "gqa_6_3",
     "value_dim",
@@ -38,9 +39,49 @@ INTERPRETED = (
     "nan_in_unseen_document",
     "float16_window",
 )
+ALSO_BY_TRITON = (
+    "head_dim_72",
+    "head_dim_1",
+    "one_token",
+    "one_query",
+    "prime_lengths",
+    "unbatched",
+    "causal_before_keys",
+    "window_offsets",
+    "query_lengths",
+    "mask_b11s",
+    "mask_ts",
+    "mask_empty_rows",
+    "bias_1111",
+    "bias_141270",
+    "bias_211501",
+    "bias_24150270",
+    "bias_ts",
+    "soft_cap_bias",
+    "alibi_offsets",
+    "score_mod_masks",
+    "dropout_broadcast",
+    "nan_outside_window",
+    "nan_masked",
+    "float16_lengths_dropout",
+)
 ON_GPU = jax.default_backend() == "gpu"
 # JAX 0.10.2's interpreter does not come to an end on persistent kernels; why is not known yet.
 INTERPRETS = jax.__version_info__ >= (0, 11)
+
+
+def is_interpreted(backend: str, case: str) -> bool:
+    """Whether a kernel backend runs a case where there is no GPU."""
+    if backend == "triton":
+        return case in INTERPRETED + ALSO_BY_TRITON
+    return INTERPRETS and case in INTERPRETED
+
+
+def running(backend: str) -> contextlib.AbstractContextManager[None]:
+    """Lets a backend run here, interpreted where it must be."""
+    if ON_GPU or backend not in KERNELS:
+        return contextlib.nullcontext()
+    return triton.interpreting() if backend == "triton" else mosaic.interpreting()
 
 
 def _runs() -> list[Any]:
@@ -50,7 +91,7 @@ def _runs() -> list[Any]:
             continue
         is_kernel = backend.name in KERNELS
         for case in CASES:
-            if not is_kernel or ON_GPU or (INTERPRETS and case.name in INTERPRETED):
+            if not is_kernel or ON_GPU or is_interpreted(backend.name, case.name):
                 asked = case.in_16_bits() if is_kernel else case
                 runs.append(pytest.param(backend.name, asked, id=f"{case.name}-{backend.name}"))
     return runs
@@ -67,10 +108,9 @@ def test_out_lse_and_gradients(backend: str, case: Case) -> None:
             oracle.evaluate(case, arrays, attention)
         return
     truth = oracle.expected(case, arrays)
-    interpreted = backend in KERNELS and not ON_GPU
     with jax.enable_x64(case.dtype == "float64"):
         attained = oracle.attainable(case, arrays)
-        with mosaic.interpreting() if interpreted else contextlib.nullcontext():
+        with running(backend):
             actual = oracle.evaluate(case, arrays, attention)
     assert actual.out.dtype == jnp.dtype(case.dtype)
     assert actual.lse.dtype == jnp.promote_types(case.dtype, jnp.float32)

@@ -1,9 +1,7 @@
 """Decoding and chunked prefill: every backend against the reference, whatever else memory holds."""
 
-import contextlib
 import dataclasses
 import doctest
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,14 +13,14 @@ from jax.sharding import PartitionSpec as P
 import jaxflash
 from jaxflash import inference
 from jaxflash.arguments import canonicalize
-from pallas_kernels import hopper, mosaic
+from pallas_kernels import hopper
 from pallas_kernels.common import walk as walks
 from pallas_kernels.common.walk import Walk
 from pallas_kernels.hopper.decode import choose_splits
 from tests import oracle
-from tests.test_conformance import INTERPRETS, ON_GPU
+from tests.test_conformance import INTERPRETS, ON_GPU, running
 
-BACKENDS = ("hopper", "xla")
+BACKENDS = ("hopper", "triton", "xla")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +87,8 @@ INTERPRETED = (
     "longer_than_held", "many_rows", "value_dim", "odd_capacity", "alibi_and_sinks", "pages_256",
     "pages_everything", "chunk_of_prefill_16", "empty_sequence", "counts", "counts_of_pages",
 )  # fmt: skip
+# Too much alike to the others to be interpreted.
+NOT_BY_TRITON = ("full_cache", "multi_query", "float16", "pages_128")
 
 
 def _runs() -> list[Any]:
@@ -98,14 +98,8 @@ def _runs() -> list[Any]:
         for call in CALLS
         if (ON_GPU or not call.only_gpu)
         and (backend != "hopper" or ON_GPU or (INTERPRETS and call.name in INTERPRETED))
+        and (backend != "triton" or ON_GPU or call.name not in NOT_BY_TRITON)
     ]
-
-
-@contextlib.contextmanager
-def _running(backend: str) -> Iterator[None]:
-    interpreted = backend == "hopper" and not ON_GPU
-    with mosaic.interpreting() if interpreted else contextlib.nullcontext():
-        yield
 
 
 def _arrays(call: Call) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -150,7 +144,7 @@ def _attend(call: Call, backend: Any) -> tuple[jax.Array, jax.Array]:
         return jaxflash.paged_attention(query, *cache, lengths, **options)
 
     cache = (key, value) if call.page_size is None else _paged(call, key, value)
-    with _running(backend):
+    with running(backend):
         return jax.block_until_ready(run(query, lengths, *cache))
 
 
@@ -230,7 +224,7 @@ def test_under_vmap(backend: Any, page_size: int | None) -> None:
     def run(query: jax.Array, lengths: jax.Array) -> jax.Array:
         return attention(query, *map(jnp.asarray, cache), lengths, implementation=backend)
 
-    with _running(backend):
+    with running(backend):
         found = jax.block_until_ready(jax.vmap(run)(queries, lengths))
         each = [jax.block_until_ready(run(q, n)) for q, n in zip(queries, lengths, strict=True)]
     np.testing.assert_allclose(

@@ -20,10 +20,13 @@ def test_explain_names_what_runs() -> None:
     explanation = jaxflash.explain(X, X, X, is_causal=True)
     assert explanation.runs == "xla"
     why = "needs a Hopper GPU (H100, H200); this device is cpu"
-    assert explanation.refusals == {"hopper": why, "xla": None, "reference": None}
+    whynot = "needs an NVIDIA GPU, Ampere or later; this device is cpu"
+    refusals = {"hopper": why, "triton": whynot, "xla": None, "reference": None}
+    assert explanation.refusals == refusals
     chosen = jaxflash.explain(X, X, X, implementation="reference")
     assert str(chosen).splitlines() == [
         f"hopper     refuses: {why}",
+        f"triton     refuses: {whynot}",
         "xla        would run if asked for",
         "reference  runs",
     ]
@@ -85,6 +88,12 @@ _ALLOWED = {
         "pallas_kernels/mosaic",
         "pallas_kernels/spec",
     },
+    "pallas_kernels/triton": {
+        "pallas_kernels",
+        "pallas_kernels/common",
+        "pallas_kernels/spec",
+        "pallas_kernels/triton",
+    },
     "pallas_kernels": {"pallas_kernels", "pallas_kernels/spec", "pallas_kernels/mosaic"},
     "jaxflash": {"jaxflash", "pallas_kernels", "pallas_kernels/spec"},
     "jaxflash/xla": {"jaxflash", "jaxflash/xla", "pallas_kernels/spec"},
@@ -131,7 +140,7 @@ def test_only_dispatch_and_tuning_name_backends() -> None:
             for m in _imported(path)
         )
     }
-    assert importers == {"dispatch.py", "native.py", "tuning/__init__.py"}
+    assert importers == {"dispatch.py", "native.py", "portable.py", "tuning/__init__.py"}
 
 
 def _imported(path: Path) -> set[str]:

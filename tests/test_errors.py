@@ -270,7 +270,8 @@ WRONG = [
     # the rest
     Wrong(
         ValueError,
-        "implementation must be None or one of ['hopper', 'xla', 'reference']; got 'cudnn'",
+        "implementation must be None or one of ['hopper', 'triton', 'xla', 'reference']; got "
+        "'cudnn'",
         implementation="cudnn",
     ),
     Wrong(ValueError, "implementation must be None or one of", implementation=True),

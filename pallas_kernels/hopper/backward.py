@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import mosaic, spec
-from pallas_kernels.common import block_map
+from pallas_kernels.common import block_map, evaluate
 from pallas_kernels.common.schedule import Schedule, largest_divisor
 from pallas_kernels.hopper import gpu
 from pallas_kernels.hopper import tile as tiles
@@ -317,5 +317,5 @@ def _refused_logits(p: spec.Problem) -> str | None:
         return None
     if p.differentiates("score_consts"):
         return "differentiates no arrays that score_mod captures"
-    reason = mosaic.refusal(p.score_mod.with_slope)
+    reason = evaluate.refusal(p.score_mod.with_slope)
     return reason and f"cannot differentiate this score_mod: {reason}"

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import mosaic, spec
+from pallas_kernels.common import visits
 from pallas_kernels.common.block_map import BlockMap
 from pallas_kernels.common.schedule import Work
-from pallas_kernels.common.walk import Walk, of_band
+from pallas_kernels.common.walk import Walk
 from pallas_kernels.hopper import gpu
-from pallas_kernels.hopper import tile as tiles
 from pallas_kernels.hopper.config import ROWS
 from pallas_kernels.hopper.kernel import Kernel
 
@@ -284,21 +284,7 @@ class Backward(Kernel):
         """The tiles of queries of a head that a tile of keys visits."""
         c, p, x, found = self.config, self.problem, self.refs.x, self.refs.map
         if found is not None:
-            heads = tiles.heads_of(found.count, self.of_group(work, member))
+            of_rows = self.of_group(work, member)
+            heads = visits.heads_of(found.count, of_rows.batch, of_rows.head)
             return found.walk((*heads, work.kv_block))
-        first = work.kv_block * c.block_kv
-        stop = first + c.block_kv
-        # Rows beyond the last are zero and have an infinite lse, hence P = 0: they need no mask.
-        rows: Any = p.T + -p.T % c.block_q
-        if x.query_lengths is not None:
-            rows = tiles.row_count(p, x, work.batch)
-        band = tiles.band_of(p, x, work.batch).transpose()
-        if not self.ends_within_tiles:
-            return of_band(band, (first, stop), rows, c.block_q)
-        keys = tiles.key_count(p, x, work.batch)
-        if x.key_value_lengths is not None:
-            rows = jnp.where(first < keys, rows, 0)
-        there = jnp.minimum(stop, jnp.maximum(keys, first + 1))
-        walk = of_band(band, (first, there), rows, c.block_q)
-        # Where keys end within the tile, each visit needs a mask.
-        return walk._replace(masked=jnp.where(stop > keys, walk.count, walk.masked))
+        return visits.of_keys(p, x, work.batch, work.kv_block, c.block_q, c.block_kv)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import mosaic
+from pallas_kernels.common import visits
 from pallas_kernels.common.schedule import Work
 from pallas_kernels.hopper import tile as tiles
 from pallas_kernels.hopper.backward_kernel import (
@@ -224,7 +225,7 @@ def add_bias(c: Consumer, here: Here, ds: jax.Array) -> None:
         else:
             number = here.of_rows.batch * c.k.problem.N + here.of_rows.head
             slab = number if mosaic.is_interpreting() else 0
-            heads = tiles.heads_of(found.at[0], here.of_rows)
+            heads = visits.heads_of(found.at[0], here.of_rows.batch, here.of_rows.head)
             mosaic.add(found.at[slab, *heads, key_tile, row_tile], part)
 
 

@@ -7,7 +7,6 @@ outputs XLA merges. All else is the forward's: this kernel is the forward of row
 otherwise and of walks that are parts.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -16,12 +15,13 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 
 from pallas_kernels import mosaic, spec
+from pallas_kernels.common import packing
 from pallas_kernels.common.schedule import Schedule, Work
 from pallas_kernels.common.walk import Walk, part, part_exists
 from pallas_kernels.hopper import gpu
 from pallas_kernels.hopper.config import ROWS, Config
 from pallas_kernels.hopper.forward import launch, supports
-from pallas_kernels.hopper.kernel import Forward, walk_of
+from pallas_kernels.hopper.kernel import Forward
 
 _MAX_TOKENS = 16
 _STAGES = (6, 5, 4, 3, 2)
@@ -41,7 +41,7 @@ class Decode(Forward):
 
     def walk(self, work: Work) -> Walk:
         """The tiles of keys that a part of a tile of queries visits."""
-        whole = walk_of(self.problem, self.config, self.refs.x, work)
+        whole = self.whole_walk(work)
         parts = self.schedule.splits
         return whole if parts == 1 else part(whole, work.split, parts)
 
@@ -49,7 +49,7 @@ class Decode(Forward):
         parts = self.schedule.splits
         if parts == 1:
             return None
-        whole = walk_of(self.problem, self.config, self.refs.x, work)
+        whole = self.whole_walk(work)
         return jnp.where(part_exists(whole, work.split, parts), self.problem.T, 0)
 
     def query(self, work: Work, rows: Any) -> mosaic.Ref:
@@ -80,7 +80,7 @@ def decode(
       blocks: Size of the grid. Default: one for each multiprocessor.
     """
     c = config or decode_config(problem)
-    packed, x = _pack(problem, operands, c)
+    packed, x = packing.pack(problem, operands, c.block_q)
     q_blocks = pl.cdiv(packed.T, c.block_q)
     splits = splits or choose_splits(problem, c)
     schedule = Schedule(packed.B, packed.N, q_blocks, 1, splits)
@@ -100,58 +100,10 @@ def decode(
     if splits == 1 and operands.sinks is None:
         out, lse = out[:, :, 0], lse[:, :, 0]
     else:
-        sinks = _by_row(problem, operands.sinks)
-        out, lse = _merge(out, lse, sinks)
-    out = _unpack(problem, out, problem.Hv).astype(problem.dtype)
-    return out, _unpack(problem, lse, 1)[..., 0]
-
-
-def _pack(
-    problem: spec.Problem, operands: spec.Operands, c: Config
-) -> tuple[spec.Problem, spec.Operands]:
-    """The problem of K heads whose rows are all heads of a group at each token.
-
-    The query is then [B, K, rows, H]. Sinks are left to the end: each takes part once, whatever the
-    number of parts.
-    """
-    p = problem
-    rows = p.T * p.G
-    query = operands.query.reshape(p.B, p.T, p.K, p.G, p.H).swapaxes(1, 2)
-    query = query.reshape(p.B, p.K, rows, p.H)
-    slopes = _by_row(p, operands.alibi_slopes)
-    if slopes is not None:
-        slopes = jnp.pad(slopes, ((0, 0), (0, -rows % c.block_q)))
-    x = operands._replace(query=query, alibi_slopes=slopes, sinks=None)
-    by_rows = jax.ShapeDtypeStruct((p.B, rows, p.K, p.H), p.dtype)
-    packed = p.of(x._replace(query=by_rows))
-    return dataclasses.replace(packed, rows_per_position=p.G), x
-
-
-def _by_row(problem: spec.Problem, of_heads: Any) -> Any:
-    """Numbers of heads [N] as numbers of packed rows [K, rows] float32."""
-    if of_heads is None:
-        return None
-    by_group = of_heads.astype(jnp.float32).reshape(problem.K, problem.G)
-    return jnp.tile(by_group, (1, problem.T))
-
-
-def _unpack(problem: spec.Problem, x: jax.Array, columns: int) -> jax.Array:
-    """[B, K, rows, columns] as [B, T, N, columns]."""
-    p = problem
-    return x.reshape(p.B, p.K, p.T, p.G, columns).swapaxes(1, 2).reshape(p.B, p.T, p.N, columns)
-
-
-def _merge(out: jax.Array, lse: jax.Array, sinks: Any) -> tuple[jax.Array, jax.Array]:
-    """Of parts [B, K, splits, rows, Hv] the whole [B, K, rows, Hv], with sinks [K, rows]."""
-    parts = [(out[:, :, i].astype(lse.dtype), lse[:, :, i]) for i in range(lse.shape[2])]
-    # Written out, it is one kernel of elementwise operations; XLA makes several of reductions.
-    m = functools.reduce(jnp.maximum, (x for _, x in parts))
-    total, acc = jnp.zeros_like(m), jnp.zeros_like(parts[0][0])
-    for part_out, part_lse in parts:
-        weight = spec.softmax.probabilities(part_lse[..., None], m)
-        total += weight[..., 0]
-        acc += jnp.where(weight > 0, weight * part_out, 0)
-    return spec.softmax.finish(spec.softmax.State(m, total, acc), sinks)
+        sinks = packing.by_row(problem, operands.sinks)
+        out, lse = packing.merge(out, lse, sinks)
+    out = packing.unpack(problem, out, problem.Hv).astype(problem.dtype)
+    return out, packing.unpack(problem, lse, 1)[..., 0]
 
 
 def decode_config(problem: spec.Problem) -> Config:

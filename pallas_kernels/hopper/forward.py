@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import mosaic, spec
+from pallas_kernels.common import evaluate
 from pallas_kernels.common.block_map import BlockMap, block_map, needs_map
 from pallas_kernels.common.schedule import Schedule, Work, largest_divisor
 from pallas_kernels.hopper import gpu
@@ -374,15 +375,4 @@ def supports(problem: spec.Problem) -> str | None:
         return f"takes head dims up to {_MAX_HEAD_DIM}; got {p.H=}, {p.Hv=}"
     if 0 in (p.B, p.T, p.S, p.N):
         return f"has no empty form; got {p.B=}, {p.T=}, {p.S=}, {p.N=}"
-    return _refused_function(p)
-
-
-def _refused_function(problem: spec.Problem) -> str | None:
-    functions = {"score_mod": problem.score_mod, "mask_mod": problem.mask_mod}
-    for name, function in functions.items():
-        reason = None if function is None else mosaic.refusal(function.program)
-        if reason is not None:
-            return f"cannot run this {name}: {reason}"
-    x = problem.operands
-    wide = [c.dtype for c in (*x.score_consts, *x.mask_consts) if c.dtype.itemsize > 4]
-    return f"takes captured arrays of at most 32 bits; got {wide[0]}" if wide else None
+    return evaluate.refused_functions(p)

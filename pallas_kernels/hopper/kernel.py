@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import mosaic, spec
+from pallas_kernels.common import visits
 from pallas_kernels.common.block_map import BlockMap
 from pallas_kernels.common.schedule import Schedule, Work
-from pallas_kernels.common.walk import Walk, of_band
-from pallas_kernels.hopper import tile as tiles
+from pallas_kernels.common.walk import Walk
 from pallas_kernels.hopper.config import REGISTERS, ROWS, Config, Staging, modifies
 
 LOG2_E = math.log2(math.e)
@@ -119,15 +119,8 @@ class Kernel:
 
     @property
     def ends_within_tiles(self) -> bool:
-        """Whether keys that do not exist, or that lengths exclude, are in tiles that are visited.
-
-        Not where the band hides them from all rows.
-        """
-        p = self.problem
-        if p.operands.key_value_lengths is not None:
-            return True
-        band, beyond = p.static_band or spec.Band(), p.S + -p.S % self.config.block_kv
-        return band.any_keys(0, p.T, beyond)[1] > p.S
+        """See `visits.ends_within_tiles`."""
+        return visits.ends_within_tiles(self.problem, self.config.block_kv)
 
     @property
     def modifies(self) -> bool:
@@ -194,14 +187,20 @@ class Forward(Kernel):
         """The tiles of keys that a tile of queries visits."""
         found = self.refs.map
         if found is not None:
-            return found.walk((*tiles.heads_of(found.count, work), work.q_block))
-        return walk_of(self.problem, self.config, self.refs.x, work)
+            heads = visits.heads_of(found.count, work.batch, work.head)
+            return found.walk((*heads, work.q_block))
+        return self.whole_walk(work)
+
+    def whole_walk(self, work: Work) -> Walk:
+        """The same where the band and lengths tell all."""
+        p, c = self.problem, self.config
+        return visits.of_rows(p, self.refs.x, work, c.block_q, c.block_kv)
 
     def row_count(self, work: Work) -> Any:
         """How many rows see anything, the others being empty whatever their logits; None if all."""
         if self.refs.x.query_lengths is None:
             return None
-        return tiles.row_count(self.problem, self.refs.x, work.batch)
+        return visits.row_count(self.problem, self.refs.x, work.batch)
 
     def query(self, work: Work, rows: Any) -> mosaic.Ref:
         """Rows of a head's queries."""
@@ -214,23 +213,3 @@ class Forward(Kernel):
     def lse(self, work: Work, rows: Any) -> mosaic.Ref:
         """Where rows of the lse go."""
         return self.refs.lse_gmem.at[work.batch, work.head, rows]
-
-
-def walk_of(
-    p: spec.Problem,
-    c: Config,
-    x: spec.Operands,  # references, or arrays
-    work: Work,
-) -> Walk:
-    """The tiles of keys that a tile of queries visits, as far as the band and lengths tell."""
-    first = work.q_block * c.block_q
-    rows = tiles.row_count(p, x, work.batch)
-    keys = tiles.key_count(p, x, work.batch)
-    if x.query_lengths is not None:
-        keys = jnp.where(first < rows, keys, 0)
-        rows = jnp.maximum(rows, first + 1)
-    stop = jnp.minimum(first + c.block_q, rows)
-    if p.rows_per_position > 1:
-        first = lax.div(first, p.rows_per_position)
-        stop = lax.div(stop - 1, p.rows_per_position) + 1
-    return of_band(tiles.band_of(p, x, work.batch), (first, stop), keys, c.block_kv)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import mosaic
+from pallas_kernels.common import visits
 from pallas_kernels.common.schedule import Work
-from pallas_kernels.hopper import tile as tiles
 from pallas_kernels.hopper.config import ROWS
 from pallas_kernels.hopper.kernel import Forward, Kernel
 
@@ -166,10 +166,10 @@ class Hidden(NamedTuple):
     def of(cls, k: Kernel, work: Any, kv_block: Any, by_data: Callable[[], Any] | None) -> "Hidden":
         """The hidden keys of a tile; ``by_data`` is what a map of tiles says of ``some``."""
         p, x, seen = k.problem, k.refs.x, k.refs.map and k.refs.map.seen
-        rows = tiles.row_count(p, x, work.batch)
-        keys = tiles.key_count(p, x, work.batch)
+        rows = visits.row_count(p, x, work.batch)
+        keys = visits.key_count(p, x, work.batch)
         key0 = kv_block * k.config.block_kv
-        start, stop = tiles.band_of(p, x, work.batch).any_keys(0, rows, keys)
+        start, stop = visits.band_of(p, x, work.batch).any_keys(0, rows, keys)
         end = key0 + k.config.block_kv
         beyond = stop
         if x.page_table is None:  # what is beyond the array's end TMA has zeroed
@@ -177,7 +177,8 @@ class Hidden(NamedTuple):
         some = (key0 < start) | (end > beyond)
         if by_data is None:
             return cls(some, key0, start, stop, None)
-        return cls(some | by_data(), key0, start, stop, seen.at[*tiles.heads_of(seen, work)])
+        heads = visits.heads_of(seen, work.batch, work.head)
+        return cls(some | by_data(), key0, start, stop, seen.at[*heads])
 
     def others(self, row: int, shape: tuple[int, ...]) -> jax.Array:
         """Which elements of a part of V belong to keys that somebody sees."""

@@ -15,31 +15,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import mosaic, spec
+from pallas_kernels.common import evaluate, visits
 from pallas_kernels.common.schedule import Work
 
 # A thread holds pairs of columns: all its columns are these bits of the first one plus a constant.
 _COLUMN_BITS = 6
 
 
-class _InKernel:
-    """A `spec.ElementFunction` that is applied inside a kernel; its captures are references."""
-
-    def __init__(self, function: spec.ElementFunction) -> None:
-        self._function = function
-
-    def __call__(self, captures: tuple[mosaic.Ref, ...], *args: Any) -> jax.Array:
-        return mosaic.evaluate(self._function.program, captures, *args)[0]
-
-    def with_slope(self, captures: tuple[mosaic.Ref, ...], *args: Any) -> list[jax.Array]:
-        """Also the derivative by the first argument."""
-        return mosaic.evaluate(self._function.with_slope, captures, *args)
-
-
 def in_kernel(problem: spec.Problem) -> spec.Problem:
     """The problem with functions that a kernel can call."""
-    score: Any = problem.score_mod and _InKernel(problem.score_mod)
-    mask: Any = problem.mask_mod and _InKernel(problem.mask_mod)
-    return dataclasses.replace(problem, score_mod=score, mask_mod=mask)
+    return evaluate.in_kernel(problem, mosaic.gather)
 
 
 def prepare(
@@ -66,13 +51,9 @@ def prepare(
         mask=matrix(mask),
         query_segment_ids=cover(x.query_segment_ids, 1, rows),
         key_value_segment_ids=cover(x.key_value_segment_ids, 1, keys),
-        score_consts=tuple(map(_flat, x.score_consts)),
-        mask_consts=tuple(map(_flat, x.mask_consts)),
+        score_consts=evaluate.flat(x.score_consts),
+        mask_consts=evaluate.flat(x.mask_consts),
     )
-
-
-def _flat(x: jax.Array) -> jax.Array:
-    return x.reshape(-1).astype(jnp.int8 if x.dtype == jnp.bool_ else x.dtype)
 
 
 class Span(NamedTuple):
@@ -112,7 +93,7 @@ def tile_of(
     """
     batch, head = work.batch, work.head
     row = span.row0 + mosaic.iota(span.shape, 1 if span.turned else 0)
-    offset = _offset(problem, x, batch)
+    offset = visits.offset_of(problem, x, batch)
     position = row + offset
     if problem.rows_per_position > 1:
         rows = span.row0 + mosaic.row_iota(span.shape[0])
@@ -128,7 +109,7 @@ def tile_of(
         key=span.key0 + mosaic.iota(span.shape, 0 if span.turned else 1),
         position=position,
         mask=_window(x.mask, work, span) != 0 if masked and x.mask is not None else None,
-        key_value_length=key_count(problem, x, batch) if masked and keys_end else None,
+        key_value_length=visits.key_count(problem, x, batch) if masked and keys_end else None,
         query_segment=span.load(row_ids, by_row=True) if segments else None,
         key_value_segment=span.load(key_ids, by_row=False) if segments else None,
         mask_consts=x.mask_consts,
@@ -145,30 +126,6 @@ def _slopes(slopes: mosaic.Ref, head: Any, span: Span) -> Any:
     if len(slopes.shape) == 1:
         return slopes[head]
     return span.load(slopes.at[head, pl.ds(*span.rows)], by_row=True)
-
-
-def key_count(problem: spec.Problem, x: spec.Operands, batch: Any) -> Any:
-    """How many keys a batch element has."""
-    lengths = x.key_value_lengths
-    return spec.extent(None if lengths is None else lengths[batch], problem.S)
-
-
-def row_count(problem: spec.Problem, x: spec.Operands, batch: Any) -> Any:
-    """How many rows it has."""
-    lengths = x.query_lengths
-    return spec.extent(None if lengths is None else lengths[batch], problem.T)
-
-
-def band_of(problem: spec.Problem, x: spec.Operands, batch: Any) -> spec.Band:
-    """The band over rows and keys."""
-    return problem.band.shift(_offset(problem, x, batch))
-
-
-def _offset(problem: spec.Problem, x: spec.Operands, batch: Any) -> Any:
-    """The position of row 0."""
-    if problem.from_last_key:
-        return key_count(problem, x, batch) + problem.query_offset
-    return problem.query_offset if x.query_offset is None else x.query_offset[batch]
 
 
 def modified(
@@ -233,15 +190,9 @@ def counted_from(tile: spec.Tile, span: Span) -> spec.Tile:
     return tile._replace(key=key, position=position, key_value_length=length)
 
 
-def heads_of(ref: mosaic.Ref, work: Work) -> tuple[Any, Any]:
-    """Where an array [B|1, N|1, ...] speaks of a tile."""
-    batch = work.batch if ref.shape[0] > 1 else 0
-    return batch, work.head if ref.shape[1] > 1 else 0
-
-
 def _window(ref: mosaic.Ref, work: Work, span: Span) -> Any:
     """The part of a bias or a mask, as `prepare` leaves them, that a tile sees, or a scalar."""
-    batch, head = heads_of(ref, work)
+    batch, head = visits.heads_of(ref, work.batch, work.head)
     at = (span.keys, span.rows) if span.turned else (span.rows, span.keys)
     down, across = (pl.ds(*window) for window in at)
     if ref.shape[2] > 1 and ref.shape[3] > 1:

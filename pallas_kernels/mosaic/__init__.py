@@ -25,7 +25,7 @@ from jax.experimental.pallas.mosaic_gpu import (
 )
 
 from pallas_kernels.mosaic.atomic import counter, take_number
-from pallas_kernels.mosaic.evaluate import evaluate, refusal
+from pallas_kernels.mosaic.gather import gather
 from pallas_kernels.mosaic.interpreter import RaceError, interpreting, is_interpreting
 from pallas_kernels.mosaic.launch import compiler_params, kernel
 from pallas_kernels.mosaic.matmul import matmul, settle, start, start_columns
@@ -75,8 +75,8 @@ __all__ = [
     "copy_rows_in",
     "copy_smem_to_gmem",
     "counter",
-    "evaluate",
     "full",
+    "gather",
     "interpreting",
     "iota",
     "is_interpreting",
@@ -90,7 +90,6 @@ __all__ = [
     "matrices",
     "opaque",
     "put",
-    "refusal",
     "row_iota",
     "set_max_registers",
     "settle",

@@ -18,9 +18,11 @@ from pallas_kernels.mosaic.memory import Ref
 
 def gather(
     ref: Ref,  # [size], in global memory
-    index: jax.Array,  # [rows, columns] int32, all within the array
+    index: jax.Array,  # int32, [] or [rows, columns], all within the array
 ) -> jax.Array:
     """``ref[index]``: a load for each element."""
+    if np.ndim(index) == 0:
+        return ref[index]
     if interpreter.is_interpreting():
         return ref[...][index]
 

@@ -7,6 +7,7 @@ does stay one. Outputs do not depend on which ``m`` is subtracted, so no derivat
 it.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -21,9 +22,12 @@ class State(NamedTuple):
     acc: Any  # [..., rows, Hv]
 
 
-def probabilities(s: Any, m: Any) -> Any:
-    """``exp(s - m)``, a row's ``m`` being its maximum or its lse; zero where ``s`` is -inf."""
-    return jnp.exp(s - _finite(m)[..., None])
+def probabilities(s: Any, m: Any, *, base2: bool = False) -> Any:
+    """``exp(s - m)``, a row's ``m`` being its maximum or its lse; zero where ``s`` is -inf.
+
+    To base 2, as elsewhere here, logits and ``m`` are multiples of ln 2.
+    """
+    return _exp(base2)(s - _finite(m)[..., None])
 
 
 def start(shape: tuple[int, ...], dtype: Any) -> State:
@@ -32,25 +36,28 @@ def start(shape: tuple[int, ...], dtype: Any) -> State:
     return State(nothing - jnp.inf, nothing, jnp.zeros(shape, dtype))
 
 
-def update(state: State, s: Any) -> tuple[State, Any]:
+def update(state: State, s: Any, *, base2: bool = False) -> tuple[State, Any]:
     """Takes the logits ``s`` [..., rows, keys] into ``m`` and ``l``; rescales ``acc``.
 
     Returns the state and ``p = exp(s - m)``, whose product with the values is yet to be added.
     """
     m = lax.stop_gradient(jnp.maximum(state.m, jnp.max(s, axis=-1)))
-    decay = jnp.exp(state.m - _finite(m))
-    p = probabilities(s, m)
+    decay = _exp(base2)(state.m - _finite(m))
+    p = probabilities(s, m, base2=base2)
     total = state.l * decay + jnp.sum(p, axis=-1)
     return State(m, total, state.acc * decay[..., None]), p
 
 
-def finish(state: State, sink: Any = None) -> tuple[Any, Any]:
+def finish(state: State, sink: Any = None, *, base2: bool = False) -> tuple[Any, Any]:
     """The normalised output and the lse. ``sink`` is a logit that takes weight and has no value.
 
-    A row that saw no key gives 0 and -inf, with a sink too.
+    A row that saw no key gives 0 and -inf, with a sink too. Sink and lse are natural always.
     """
     seen = state.m != -jnp.inf
     m, total = _finite(state.m), state.l
+    if base2:
+        m = m * math.log(2)
+        state = state._replace(m=state.m * math.log(2))
     if sink is not None:
         m = lax.stop_gradient(jnp.maximum(m, sink))
         decay = jnp.exp(_finite(state.m) - m)
@@ -93,6 +100,10 @@ def of_sinks(sinks: Any, lse: Any, delta: Any) -> Any:
         return None
     p = probabilities(sinks.astype(lse.dtype).reshape(1, 1, -1, 1), lse)[..., 0]
     return jnp.sum(-p * delta, axis=(0, 1)).astype(sinks.dtype)
+
+
+def _exp(base2: bool) -> Any:
+    return jnp.exp2 if base2 else jnp.exp
 
 
 def _finite(m: Any) -> Any:

@@ -1,12 +1,13 @@
 """Programs traced outside of a kernel, evaluated on tiles of registers inside of it.
 
 A user's elementwise function is traced on scalars. Here its program runs on matrices: scalars are
-spread where they meet one, what Mosaic GPU cannot lower is replaced by what it can, and an array
-that the function captured is a reference to global memory, read element by element.
+spread where they meet one, what some kind of kernel cannot lower is replaced by what all can, and
+an array that the function captured is a reference to global memory, read element by element.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,36 +16,67 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.mosaic.gather import gather
-from pallas_kernels.mosaic.memory import Ref
+from pallas_kernels import spec
+
+# From a reference to a flat array and an index, a scalar or a matrix of them, to the elements.
+Read = Callable[[Any, Any], Any]
+
+
+class InKernel:
+    """A `spec.ElementFunction` that is applied inside a kernel; its captures are references."""
+
+    def __init__(self, function: spec.ElementFunction, read: Read) -> None:
+        self._function, self._read = function, read
+
+    def __call__(self, captures: tuple[Any, ...], *args: Any) -> jax.Array:
+        return evaluate(self._function.program, self._read, captures, *args)[0]
+
+    def with_slope(self, captures: tuple[Any, ...], *args: Any) -> list[jax.Array]:
+        """Also the derivative by the first argument."""
+        return evaluate(self._function.with_slope, self._read, captures, *args)
+
+
+def in_kernel(problem: spec.Problem, read: Read) -> spec.Problem:
+    """The problem with functions that a kernel can call."""
+    score: Any = problem.score_mod and InKernel(problem.score_mod, read)
+    mask: Any = problem.mask_mod and InKernel(problem.mask_mod, read)
+    return dataclasses.replace(problem, score_mod=score, mask_mod=mask)
+
+
+def flat(captures: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Captured arrays as `evaluate` wants them: flat, booleans as int8."""
+    return tuple(
+        x.reshape(-1).astype(jnp.int8 if x.dtype == jnp.bool_ else x.dtype) for x in captures
+    )
 
 
 class _Captured(NamedTuple):
     """A part of a captured array that has not been read: one element once ``shape`` is ()."""
 
-    ref: Ref  # flat
+    ref: Any  # flat
+    load: Read
     strides: tuple[int, ...]
     sizes: tuple[int, ...]  # of the axes
     offset: Any  # flat index of the first element
     dtype: Any
 
     @classmethod
-    def whole(cls, ref: Ref, aval: Any) -> _Captured:
+    def whole(cls, ref: Any, load: Read, aval: Any) -> _Captured:
         strides = tuple(math.prod(aval.shape[i + 1 :]) for i in range(aval.ndim))
-        return cls(ref, strides, aval.shape, 0, aval.dtype)
+        return cls(ref, load, strides, aval.shape, 0, aval.dtype)
 
     def read(self) -> Any:
-        is_scalar = jnp.ndim(self.offset) == 0
-        value = self.ref[self.offset] if is_scalar else gather(self.ref, self.offset)
+        value = self.load(self.ref, self.offset)
         return value != 0 if self.dtype == jnp.bool_ else value
 
 
-def evaluate(program: Any, captures: Sequence[Ref], *args: Any) -> list[Any]:
+def evaluate(program: Any, read: Read, captures: Sequence[Any], *args: Any) -> list[Any]:
     """Applies a program of captured arrays and scalars to matrices and scalars.
 
     Args:
       program: ClosedJaxpr; its first inputs are the captured arrays, its constants scalars.
-      captures: References to the captured arrays, flattened; booleans as int8.
+      read: Reads elements of captured arrays.
+      captures: References to them, as `flat` makes them.
       *args: The rest of the inputs: scalars, or matrices of one shape.
 
     Returns:
@@ -52,7 +84,7 @@ def evaluate(program: Any, captures: Sequence[Ref], *args: Any) -> list[Any]:
     """
     jaxpr = program.jaxpr
     avals = [v.aval for v in jaxpr.invars[: len(captures)]]
-    views = [_simplest(_Captured.whole(r, a)) for r, a in zip(captures, avals, strict=True)]
+    views = [_simplest(_Captured.whole(r, read, a)) for r, a in zip(captures, avals, strict=True)]
     return _run(jaxpr, program.consts, [*views, *args])
 
 
@@ -69,6 +101,18 @@ def refusal(program: Any) -> str | None:
         elif any(v.aval.shape for v in equation.outvars) and name not in _VIEWS:
             return f"it computes an array, by {name!r}, and not one score at a time"
     return None
+
+
+def refused_functions(problem: spec.Problem) -> str | None:
+    """Why a kernel cannot apply a problem's functions, or None."""
+    functions = {"score_mod": problem.score_mod, "mask_mod": problem.mask_mod}
+    for name, function in functions.items():
+        reason = None if function is None else refusal(function.program)
+        if reason is not None:
+            return f"cannot run this {name}: {reason}"
+    x = problem.operands
+    wide = [c.dtype for c in (*x.score_consts, *x.mask_consts) if c.dtype.itemsize > 4]
+    return f"takes captured arrays of at most 32 bits; got {wide[0]}" if wide else None
 
 
 def _run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
@@ -95,8 +139,8 @@ def _apply(equation: Any, inputs: list[Any]) -> list[Any]:
         return [inputs[0]]
     shapes = {jnp.shape(x) for x in inputs} - {()}
     if shapes:
-        (shape,) = shapes
-        inputs = [x if jnp.shape(x) else jnp.broadcast_to(x, shape) for x in inputs]
+        shape = jnp.broadcast_shapes(*shapes)
+        inputs = [x if jnp.shape(x) == shape else jnp.broadcast_to(x, shape) for x in inputs]
     if name in _REPLACED:
         return [_REPLACED[name](*inputs, **params)]
     if params.get("accuracy") is not None:  # there is one way to compute it

@@ -1,0 +1,142 @@
+"""The Triton kernels beyond the table of cases: tiles of any size, schedules, cards, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxflash
+from jaxflash import portable
+from jaxflash.arguments import canonicalize
+from pallas_kernels import spec, triton
+from pallas_kernels.triton import config
+from pallas_kernels.triton.decode import choose_splits
+from tests.test_conformance import running
+
+
+def _call(**options: Any) -> tuple[spec.Problem, spec.Operands]:
+    query, key, value = (
+        jax.random.normal(jax.random.key(i), shape).astype(jnp.bfloat16)
+        for i, shape in enumerate([(2, 90, 4, 24), (2, 120, 2, 24), (2, 120, 2, 40)])
+    )
+    return canonicalize(query, key, value, **options)
+
+
+def _reference(problem: spec.Problem, operands: spec.Operands, **options: Any) -> Any:
+    arrays = operands.query, operands.key, operands.value
+    return jaxflash.dot_product_attention(
+        *arrays, **options, implementation="reference", return_residual=True
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"block_q": 16, "block_kv": 128},
+        {"block_q": 128, "block_kv": 16},
+        {"block_q": 32, "block_kv": 32, "schedule": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_tiles_of_any_size(change: dict[str, Any], is_causal: bool) -> None:
+    """Also one program for all tiles of a head, as FlashAttention-1 has it."""
+    problem, operands = _call(is_causal=is_causal)
+    c = config.Config(**change)
+    with running("triton"):
+        out, lse = triton.forward(problem, operands, c)
+    want, want_lse = _reference(problem, operands, is_causal=is_causal)
+    np.testing.assert_allclose(np.float32(out), np.float32(want), atol=0.02)
+    np.testing.assert_allclose(lse, want_lse, atol=1e-3)
+
+
+@pytest.mark.parametrize("blocks", [(16, 64), (64, 16)], ids=str)
+def test_gradients_with_tiles_of_any_size(blocks: tuple[int, int]) -> None:
+    problem, operands = _call(is_causal=True)
+    c = config.Config(*blocks)
+    out, lse = _reference(problem, operands, is_causal=True)
+    dout, dlse = jnp.ones_like(out), jnp.ones_like(lse)
+    with running("triton"):
+        found = triton.backward(problem, operands, out, lse, dout, dlse, c)
+    _, pull = jax.vjp(
+        lambda q, k, v: _reference(
+            problem, operands._replace(query=q, key=k, value=v), is_causal=True
+        ),
+        *operands[:3],
+    )
+    for mine, want in zip(found[:3], pull((dout, dlse)), strict=True):
+        np.testing.assert_allclose(np.float32(mine), np.float32(want), atol=0.06, rtol=0.02)
+
+
+def test_gradients_are_equal_in_every_run() -> None:
+    """No sum depends on an order that changes, unless batch or heads share a bias."""
+    query, key, value = (jnp.ones((2, 40, 4, 16), jnp.bfloat16),) * 3
+    options = {"deterministic": True, "implementation": "triton"}
+    shared = jnp.zeros((1, 4, 40, 40), jnp.bfloat16)
+    own = jnp.zeros((2, 4, 40, 40), jnp.bfloat16)
+
+    def refusal(bias: jax.Array) -> str | None:
+        with running("triton"):
+            problem, _ = canonicalize(query, key, value, bias, deterministic=True)
+            return triton.supports_backward(problem)
+
+    assert refusal(shared) == "adds a bias's gradient up over batch and heads in no fixed order"
+    assert refusal(own) is None
+    with running("triton"):
+        out = jaxflash.dot_product_attention(query, key, value, own, **options)
+    assert out.shape == query.shape
+
+
+def test_refusals() -> None:
+    def refusal(kind: str, **changes: Any) -> str | None:
+        problem, _ = _call()
+        device = spec.Device("gpu", kind)
+        return triton.supports(dataclasses.replace(problem, device=device, **changes))
+
+    for kind in ("NVIDIA A100-SXM4-80GB", "NVIDIA A10G", "NVIDIA L4", "NVIDIA GeForce RTX 4090"):
+        assert refusal(kind) is None
+    for kind in ("Tesla V100-SXM2-16GB", "NVIDIA GeForce GTX 1080", "gfx942", "Tesla T4"):
+        assert refusal(kind) == f"needs an NVIDIA GPU, Ampere or later; this device is {kind}"
+
+
+def test_without_pallas_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """JAX has deprecated it: where it is gone, the backend says so, and others run."""
+
+    def gone(name: str) -> Any:
+        raise ImportError(f"cannot import {name}")
+
+    portable._kernels.cache_clear()
+    monkeypatch.setattr(portable.importlib, "import_module", gone)
+    x = jax.ShapeDtypeStruct((2, 8, 4, 16), jnp.bfloat16)
+    explanation = jaxflash.explain(x, x, x)
+    why = "this JAX has no Pallas-Triton: cannot import pallas_kernels.triton"
+    assert explanation.refusals["triton"] == why
+    assert explanation.runs == "xla"
+    portable._kernels.cache_clear()
+
+
+def test_configurations_hold_what_cards_have() -> None:
+    for kind, memory in (("NVIDIA A100-SXM4-80GB", 163), ("NVIDIA A10G", 99), ("NVIDIA H200", 227)):
+        assert config.shared_memory_kib(spec.Device("gpu", kind)) == memory
+    with pytest.raises(ValueError, match="block_q must be a power of two"):
+        config.Config(block_q=48)
+
+
+def test_parts_fill_the_card() -> None:
+    """Few tiles against many keys: a part for each multiprocessor, twice; never without keys."""
+    problem, _ = _call()
+    device = spec.Device("gpu", "NVIDIA A100-SXM4-80GB")
+    struct = jax.ShapeDtypeStruct
+    cache = struct((1, 32768, 8, 128), jnp.bfloat16)
+    operands = problem.operands._replace(
+        query=struct((1, 1, 32, 128), jnp.bfloat16), key=cache, value=cache
+    )
+    long = dataclasses.replace(problem, operands=operands, device=device)
+    assert choose_splits(long, config.decode_config(long)) == 27  # of 8 heads, for 2 x 108
+    short = dataclasses.replace(problem, device=device)
+    assert choose_splits(short, config.decode_config(short)) == 2  # of 120 keys, 64 each
