@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _ours(gpu: str) -> Implementation:
-    return "hopper" if GPUS[gpu].capability == (9, 0) else "xla"
+    return "hopper" if GPUS[gpu].capability == (9, 0) else "triton"
 
 
 Table = tuple[str, list[dict[str, Any]]]  # markdown, rows

@@ -18,6 +18,7 @@ from bench.models.config import MODELS, Config
 from bench.models.generate import Caches, Model, contiguous_caches, random_model, structure_of
 from bench.models.generate import decode as decode_steps
 from bench.models.generate import prefill as prefill_step
+from bench.throughput import attention_of
 
 SUMMARY = "Tokens a second in generation: Llama 2 7B by context, GPT-2, GPT-J and GPT-NeoX."
 _STEPS = 32
@@ -37,9 +38,10 @@ class Problem(NamedTuple):
 
     @property
     def bytes_per_token(self) -> int:
-        """Weights, but for the rows of the embedding that are not looked up, and the cache."""
+        """Weights, but for the rows of embeddings that are not looked up, and the cache."""
         c = self.config
         unread = 0 if c.is_tied else c.vocabulary * c.width
+        unread += max(0, c.positions - 1) * c.width
         return 2 * (c.weights - unread) + c.kv_bytes_per_token * self.context
 
 
@@ -61,8 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     device = jax.devices()[0]
-    on_gpu = device.platform == "gpu"
-    names = options.attention or ["hopper" if on_gpu else "xla", "standard"]
+    names = options.attention or ["jaxflash", "standard"]
     read = decode.ceilings(device)["read"]
     footnotes, lines, records = results.Footnotes(), [], []
     model: Model | None = None
@@ -76,11 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         assert model is not None
         rates, reasons = {}, {}
         for name in names:
-            own = Model(structure_of(p.config, name), model.parameters)
+            own = Model(structure_of(p.config, attention_of(name)), model.parameters)
             for kind, measure in (("decode", decoding), ("prefill", prefilling)):
                 try:
                     rates[name, kind] = measure(own, p)
-                except jax.errors.JaxRuntimeError as error:
+                except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
                     reasons[name, kind] = results.first_line(error)[:200]
         bound = read * 1e12 / p.bytes_per_token
         lines.append(_line(p, names, rates, reasons, bound, footnotes))

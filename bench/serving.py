@@ -6,7 +6,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -64,8 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parameters = random_model(setup.config, None).parameters
     served: dict[str, Served] = {}
     for name, memory in setup.memories.items():
-        attention: Any = "hopper" if device.platform == "gpu" else "xla"
-        model = Model(structure_of(setup.config, attention), parameters)
+        model = Model(structure_of(setup.config, None), parameters)
         server = Server(model, setup.config, memory, chunk=setup.chunk)
         server.serve(requests[:1])  # compiles
         served[name] = server.serve(requests)

@@ -54,8 +54,8 @@ def decode_attention(
         ``lengths[b] - counts[b] + t``, and the rows of the others are empty. All T by default.
       implementation: None picks the fastest backend that supports the call; a name insists on one.
       return_residual: also return the lse.
-      debug_checks: check at run time that lengths lie in ``[0, S]``. Costs a round trip to the
-        host; JAX_PLATFORMS, where it is set, must list cpu too.
+      debug_checks: check at run time that lengths lie in ``[0, S]``, and counts in ``[0, T]``.
+        Costs a round trip to the host; JAX_PLATFORMS, where it is set, must list cpu too.
 
     Returns:
       The output ``[*B, T, N, Hv]`` in the query's dtype. With ``return_residual``, a pair with the
@@ -90,7 +90,7 @@ def decode_attention(
         (query, key, value),
         held,
         None,
-        counts,
+        _counts(counts, query.shape, debug_checks),
         implementation,
         return_residual,
         scale=scale,
@@ -138,8 +138,8 @@ def paged_attention(
       counts: likewise.
       implementation: likewise.
       return_residual: likewise.
-      debug_checks: check at run time that lengths fit the table and that tokens held are in pages
-        that exist.
+      debug_checks: check at run time that lengths fit the table, that counts lie in ``[0, T]``,
+        and that tokens held are in pages that exist.
 
     Returns:
       As ``decode_attention``.
@@ -175,7 +175,7 @@ def paged_attention(
         (query, held_keys, held_values),
         held,
         table,
-        counts,
+        _counts(counts, query.shape, debug_checks),
         implementation,
         return_residual,
         scale=scale,
@@ -198,9 +198,6 @@ def _attend(
     checks.flag("return_residual", return_residual)
     query, key, value = arrays
     batch, T = query.shape[:-3], query.shape[-3]
-    if counts is not None:
-        counts = jnp.asarray(integers("counts", counts))
-        checks.shaped("counts", counts, batch, "[*B]")
     if page_table is not None:  # in place of what `canonicalize` takes for keys and values
         key, value = (jnp.zeros((*batch, 0, *x.shape[2:]), x.dtype) for x in (key, value))
     problem, operands = canonicalize(
@@ -226,6 +223,20 @@ def _lengths(lengths: Any, batch: tuple[int, ...]) -> Any:
     held = integers("lengths", lengths)
     checks.shaped("lengths", held, batch, "[*B]")
     return held
+
+
+def _counts(counts: Any, query: tuple[int, ...], debug_checks: bool) -> Any:
+    """How many of T rows are new tokens, int32 [*B]; None: all."""
+    if counts is None:
+        return None
+    counts, T = integers("counts", counts), query[-3]
+    checks.shaped("counts", counts, query[:-3], "[*B]")
+    rule = Rule(
+        (counts >= 0) & (counts <= T),
+        f"counts must lie in [0, T] = [0, {T}]; got {{}}",
+        (counts,),
+    )
+    return jnp.asarray(enforce(counts, rule, debug_checks=debug_checks))
 
 
 def _length_rule(lengths: Any, capacity: int) -> Rule:

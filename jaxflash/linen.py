@@ -70,8 +70,9 @@ def dot_product_attention(
       qk_attn_weights_einsum: must be None.
       attn_weights_value_einsum: must be None.
       is_causal: row i sees keys j <= i.
-      **options: every other option of ``jaxflash.dot_product_attention`` but ``return_residual``:
-        bind some with ``functools.partial``, as ``local_window_size`` or ``implementation``.
+      **options: the other options of ``jaxflash.dot_product_attention``, but for
+        ``return_residual`` and its own ``deterministic``: bind some with ``functools.partial``, as
+        ``local_window_size`` or ``implementation``.
 
     Returns:
       ``[*B, T, N, Hv]``.
@@ -191,6 +192,7 @@ class MultiHeadAttention(nn.Module):
         segment_ids: Int32[Array, "*B T"] | None = None,
         cache: Cache | None = None,
         counts: Int32[Array, "B"] | None = None,
+        debug_checks: bool = False,
         deterministic: bool | None = None,
     ) -> Any:
         """Projects, attends, projects.
@@ -204,6 +206,8 @@ class MultiHeadAttention(nn.Module):
           cache: a ``KVCache`` or ``PagedKVCache``: the tokens are appended, and attend to what it
             then holds. One batch axis.
           counts: int32 ``[B]``: only the first ``counts[b]`` of the T tokens exist; with a cache.
+          debug_checks: check at run time that the tokens fit the cache. Those that do not are
+            dropped, and the outputs of their sequence are wrong.
           deterministic: over the layer's own. Where something is dropped, the rng is ``"dropout"``.
 
         Returns:
@@ -212,12 +216,12 @@ class MultiHeadAttention(nn.Module):
         Raises:
           ValueError, TypeError: arguments do not go together, or as the function that attends.
         """
-        inputs_kv = inputs if inputs_kv is None else inputs_kv
+        of_keys = inputs if inputs_kv is None else inputs_kv
         features, K = inputs.shape[-1], self.num_kv_heads or self.num_heads
         H = head_dim_of(self.num_heads, K, self.qkv_features or features, self.head_dim)
         query = self._project("query", (self.num_heads, H))(inputs)
-        key = self._project("key", (K, H))(inputs_kv)
-        value = self._project("value", (K, H))(inputs_kv)
+        key = self._project("key", (K, H))(of_keys)
+        value = self._project("value", (K, H))(of_keys)
         if self.normalize_qk:
             types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
             query = nn.RMSNorm(name="query_norm", **types)(query)
@@ -234,8 +238,10 @@ class MultiHeadAttention(nn.Module):
             mask=mask,
             positions=positions,
             segment_ids=segment_ids,
+            inputs_kv=inputs_kv,
             cache=cache,
             counts=counts,
+            debug_checks=debug_checks,
             dropout_key=self._dropout_key(deterministic),
         )
         out = self._project("out", self.out_features or features, (-2, -1))(attended)

@@ -64,8 +64,9 @@ def dot_product_attention(
       module: must be None.
       promote_dtype: Flax's function, or one like it.
       is_causal: row i sees keys j <= i.
-      **options: every other option of ``jaxflash.dot_product_attention`` but ``return_residual``:
-        bind some with ``functools.partial``, as ``local_window_size`` or ``implementation``.
+      **options: the other options of ``jaxflash.dot_product_attention``, but for
+        ``return_residual`` and its own ``deterministic``: bind some with ``functools.partial``, as
+        ``local_window_size`` or ``implementation``.
 
     Returns:
       ``[*B, T, N, Hv]``.
@@ -229,6 +230,7 @@ class MultiHeadAttention(nnx.Module):
         segment_ids: Int32[Array, "*B T"] | None = None,
         cache: Cache | None = None,
         counts: Int32[Array, "B"] | None = None,
+        debug_checks: bool = False,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> Any:
@@ -243,6 +245,8 @@ class MultiHeadAttention(nnx.Module):
           cache: a ``KVCache`` or ``PagedKVCache``: the tokens are appended, and attend to what it
             then holds. One batch axis.
           counts: int32 ``[B]``: only the first ``counts[b]`` of the T tokens exist; with a cache.
+          debug_checks: check at run time that the tokens fit the cache. Those that do not are
+            dropped, and the outputs of their sequence are wrong.
           deterministic: over the layer's own.
           rngs: for dropout, over the layer's own.
 
@@ -252,8 +256,8 @@ class MultiHeadAttention(nnx.Module):
         Raises:
           ValueError, TypeError: arguments do not go together, or as the function that attends.
         """
-        inputs_kv = inputs if inputs_kv is None else inputs_kv
-        query, key, value = self.query(inputs), self.key(inputs_kv), self.value(inputs_kv)
+        of_keys = inputs if inputs_kv is None else inputs_kv
+        query, key, value = self.query(inputs), self.key(of_keys), self.value(of_keys)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         attended, cache = self.core(
@@ -264,8 +268,10 @@ class MultiHeadAttention(nnx.Module):
             mask=mask,
             positions=positions,
             segment_ids=segment_ids,
+            inputs_kv=inputs_kv,
             cache=cache,
             counts=counts,
+            debug_checks=debug_checks,
             dropout_key=self._dropout_key(deterministic, rngs),
         )
         out = self.out(attended)

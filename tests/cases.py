@@ -319,6 +319,26 @@ _DROPOUT_KEY = np.array([7, 11], np.uint32)
 COMBINED = [
     Case("dropout", options=_given(dropout_rate=0.3, dropout_key=_DROPOUT_KEY)),
     Case(
+        "mask_all_true_tail",
+        T=64,
+        S=200,
+        extra={"m": lambda rng: np.ones((1, 1, 64, 200), bool), "x": (1, 4, 64, 1)},
+        options=_given(mask="@m", bias="@x"),
+    ),
+    Case(
+        "mask_mod_all_true_tail",
+        T=70,
+        S=200,
+        options=_given(mask_mod=lambda b, h, q, k: k >= 0),
+    ),
+    Case("score_mod_ignores_scores", options=_given(score_mod=lambda s, b, h, q, k: q * 0.01)),
+    Case(
+        "score_mod_steep_at_zero",
+        T=70,
+        S=128,
+        options=_given(score_mod=lambda s, b, h, q, k: jnp.sqrt(jnp.abs(s) + 1e-30)),
+    ),
+    Case(
         "dropout_broadcast",
         B=(2,),
         options=_given(dropout_rate=0.3, dropout_key=_DROPOUT_KEY, broadcast_dropout=True),

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import PartitionSpec
 
 import jaxflash
 from bench import aot
@@ -22,7 +23,7 @@ from bench.gpus import GPUS
 from bench.shapes import Shape, score_matrix_bytes
 from jaxflash import tuning
 from jaxflash.arguments import canonicalize
-from pallas_kernels import mosaic
+from pallas_kernels import mosaic, triton
 from pallas_kernels.common.evaluate import SUPPORTED
 from tests import small_kernel
 from tests.small_kernel import TILE, Form
@@ -134,22 +135,13 @@ BACKWARDS = {
     "divided-large-group": _Gradient(128, 2048, 8, _CAUSAL, N=64),
     "divided-wide-group": _Gradient(256, heads=1, options=_CAUSAL | {"logits_soft_cap": 20.0}),
 }
-_OF_GROUPS = {
-    "grouped": 8,
-    "divided-group": 20,
-    "divided-large-group": 20,
-    "divided-wide-group": 4,
-}
 
 
 @needs_compiler
 @pytest.mark.skipif(not mosaic.Sums.exist(), reason="this JAX has no gradients by the kernel")
 @pytest.mark.parametrize("name", BACKWARDS)
 def test_hopper_backward_compiles_without_spills(name: str) -> None:
-    """Bias, gradients of slopes, and masks from data still spill, see `bench/LOG.md`.
-
-    So do, a few bytes once a tile, blocks that visit several heads, or add up dK and dV of a group.
-    """
+    """Bias, gradients of slopes, and masks from data still spill, see `bench/LOG.md`."""
     case = BACKWARDS[name]
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -168,7 +160,7 @@ def test_hopper_backward_compiles_without_spills(name: str) -> None:
     )
     kernels = aot.compile_for(jax.grad(loss, (0, 1, 2)), q, k, v, gpu="h100").kernels
     assert [kernel.name for kernel in kernels] == ["forward_kernel", "backward_kernel"]
-    _assert_fast(kernels[1], spilled=_OF_GROUPS.get(name, 0))
+    _assert_fast(kernels[1])
 
 
 def _triton_forms() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
@@ -211,7 +203,12 @@ def _triton_forms() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         first = jax.grad(functools.partial(loss, plain), (0, 1, 2, 3, 4))(*arrays, bias, slopes)
         return first, jax.grad(functools.partial(loss, modified), (0, 1, 2))(*arrays)
 
+    def sharded(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        mesh, by_head = jax.sharding.get_abstract_mesh(), PartitionSpec(None, None, "device")
+        return jax.shard_map(attend, mesh=mesh, in_specs=by_head, out_specs=by_head)(q, k, v)
+
     x, f32 = _bf16(2, 1000, 8, 128), jnp.float32
+    forms["shard_map"] = (jax.grad(functools.partial(loss, sharded), (0, 1, 2)), (x, x, x))
     others = [
         jax.ShapeDtypeStruct(*s) for s in (((8,), f32), ((2, 1000), jnp.int32), ((8, 32), f32))
     ]
@@ -219,13 +216,30 @@ def _triton_forms() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     return forms
 
 
+TRITON = _triton_forms()
+_ON_EVERY_CARD = ("forward-128", "backward-256", "everything")
+
+
 @needs_compiler
-@pytest.mark.parametrize("gpu", GPUS)
-@pytest.mark.parametrize("name", TRITON := _triton_forms())
+@pytest.mark.parametrize(
+    ("name", "gpu"),
+    [(name, gpu) for name in TRITON for gpu in GPUS if gpu == "a100" or name in _ON_EVERY_CARD],
+)
 def test_triton_kernels_compile_for_every_card(name: str, gpu: str) -> None:
-    """Within the shared memory that each has."""
+    """Within the shared memory that each has; XLA refuses what is not."""
     function, structs = TRITON[name]
-    assert aot.compile_for(function, *structs, gpu=gpu).kernels == ()
+    assert aot.compile_for(function, *structs, gpu=gpu).temp_bytes > 0
+
+
+@needs_compiler
+def test_triton_kernels_that_do_not_fit_do_not_compile() -> None:
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        problem, operands = canonicalize(q, k, v)
+        return triton.forward(problem, operands, triton.Config(128, 128, 8, 4))[0]
+
+    x = _bf16(1, 1024, 1, 256)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Shared memory size limit exceeded"):
+        aot.compile_for(attend, x, x, x, gpu="a10g")
 
 
 class _Decode(NamedTuple):

@@ -36,6 +36,8 @@ from bench.problems import Problem
 from bench.shapes import DIRECTIONS, Shape, flops, min_bytes, random_inputs, score_matrix_bytes
 from bench.timing import WALL, Budget, Clock, compile_program, interleaved, wall_clock
 
+pytestmark = pytest.mark.bench
+
 SMALL = Shape(1, 96, 96, 4, 2, 16, is_causal=True, dtype="float32")
 SEED_SHAPE = Shape(8, 512, 512, 32, 32, 64)
 
@@ -65,6 +67,11 @@ def test_listing_names_every_table(capsys):
         "backward",
         "decode",
         "train",
+        "throughput",
+        "generation",
+        "serving",
+        "report",
+        "footprint",
         "tune",
         "speed",
         "long",

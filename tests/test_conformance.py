@@ -27,6 +27,7 @@ INTERPRETED = (
     "segments_causal",
     "mask_bnts",
     "mask_mod_captured",
+    "mask_all_true_tail",
     "bias_11150270",
     "bias_minus_infinity",
     "soft_cap",
@@ -60,6 +61,9 @@ ALSO_BY_TRITON = (
     "soft_cap_bias",
     "alibi_offsets",
     "score_mod_masks",
+    "score_mod_ignores_scores",
+    "score_mod_steep_at_zero",
+    "mask_mod_all_true_tail",
     "dropout_broadcast",
     "nan_outside_window",
     "nan_masked",
@@ -75,6 +79,11 @@ def is_interpreted(backend: str, case: str) -> bool:
     if backend == "triton":
         return case in INTERPRETED + ALSO_BY_TRITON
     return INTERPRETS and case in INTERPRETED
+
+
+def marks(backend: str) -> tuple[pytest.MarkDecorator, ...]:
+    """Of a test of a backend."""
+    return (pytest.mark.kernel,) if backend == "hopper" else ()
 
 
 def running(backend: str) -> contextlib.AbstractContextManager[None]:
@@ -93,7 +102,8 @@ def _runs() -> list[Any]:
         for case in CASES:
             if not is_kernel or ON_GPU or is_interpreted(backend.name, case.name):
                 asked = case.in_16_bits() if is_kernel else case
-                runs.append(pytest.param(backend.name, asked, id=f"{case.name}-{backend.name}"))
+                name = f"{case.name}-{backend.name}"
+                runs.append(pytest.param(backend.name, asked, id=name, marks=marks(backend.name)))
     return runs
 
 

@@ -18,7 +18,7 @@ from pallas_kernels.common import walk as walks
 from pallas_kernels.common.walk import Walk
 from pallas_kernels.hopper.decode import choose_splits
 from tests import oracle
-from tests.test_conformance import INTERPRETS, ON_GPU, running
+from tests.test_conformance import INTERPRETS, ON_GPU, marks, running
 
 BACKENDS = ("hopper", "triton", "xla")
 
@@ -93,7 +93,7 @@ NOT_BY_TRITON = ("full_cache", "multi_query", "float16", "pages_128")
 
 def _runs() -> list[Any]:
     return [
-        pytest.param(backend, call, id=f"{call.name}-{backend}")
+        pytest.param(backend, call, id=f"{call.name}-{backend}", marks=marks(backend))
         for backend in BACKENDS
         for call in CALLS
         if (ON_GPU or not call.only_gpu)

@@ -366,6 +366,10 @@ def test_layer_errors(api: str) -> None:
     causal = Layer(api, 16, num_heads=4, is_causal=True, rope=jaxflash.Rope())
     with pytest.raises(ValueError, match="mask cannot be combined with a cache"):
         causal(x, cache=cache, mask=jnp.ones((3, 3), bool))
+    with pytest.raises(ValueError, match="inputs_kv cannot be combined with a cache"):
+        causal(x, x, cache=cache)
+    with pytest.raises(ValueError, match="exceed the capacity of 8"):
+        causal(jnp.ones((2, 6, 16)), cache=causal(x, cache=cache)[1], debug_checks=True)
     with pytest.raises(ValueError, match="rope needs queries and keys of the same tokens"):
         causal(x, x[:, :2])
     with pytest.raises(ValueError, match="num_heads must be a multiple of num_kv_heads"):

@@ -17,6 +17,8 @@ from jaxflash.arguments import canonicalize
 from pallas_kernels import hopper, mosaic
 from pallas_kernels.hopper.config import Staging
 
+pytestmark = pytest.mark.kernel
+
 ON_GPU = jax.default_backend() == "gpu"
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a Hopper GPU")
 # JAX 0.10.2's interpreter does not come to an end on persistent kernels.

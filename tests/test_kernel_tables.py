@@ -11,6 +11,8 @@ from bench import baselines, comparison, decode, forward, results, tune
 from bench.problems import Problem, document_lengths
 from bench.shapes import Shape
 
+pytestmark = pytest.mark.bench
+
 _SMALL = Shape(1, 256, 256, 2, 1, 16, True)
 
 

@@ -25,6 +25,8 @@ from bench.models.generate import (
     structure_of,
 )
 
+pytestmark = pytest.mark.bench
+
 
 def _small(name: str) -> Config:
     """A model of a family, with all that distinguishes it, in small."""

@@ -15,6 +15,8 @@ from pallas_kernels import mosaic
 from tests import small_kernel
 from tests.small_kernel import TILE, Config, Fault, Form
 
+pytestmark = pytest.mark.kernel
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

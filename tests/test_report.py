@@ -12,6 +12,8 @@ from bench import __main__ as entry
 from bench import report, results, seed, throughput
 from bench.models.config import MODELS
 
+pytestmark = pytest.mark.bench
+
 DEVICE = "NVIDIA H100 80GB HBM3"
 
 
@@ -23,7 +25,9 @@ def test_tables_of_models_end_to_end(name: str, tmp_path: Path) -> None:
     rate = {"throughput": "seconds", "generation": "tokens_per_s", "serving": "tokens_per_s"}[name]
     assert len(rows) >= 2
     for row in rows:
-        assert row[rate] > 0
+        assert row["reason"] is None if name != "serving" else row["users"] > 0
+        # What is scaled from a tiny model's few layers is noise.
+        assert row[rate] > 0 or len(row.get("layers_measured", ())) > 1
         assert row["versions"]["jax"]
 
 
@@ -65,8 +69,8 @@ def test_report_shows_the_newest_figures(tmp_path: Path) -> None:
     _write(
         tmp_path,
         "generation",
-        key | {"attention": "hopper", "tokens_per_s": 1.0},
-        key | {"attention": "hopper", "tokens_per_s": 180.0},
+        key | {"attention": "jaxflash", "tokens_per_s": 1.0},
+        key | {"attention": "jaxflash", "tokens_per_s": 180.0},
         key | {"attention": "standard", "tokens_per_s": 120.0},
     )
     common = {"model": "llama-2-13b", "batch": 4, "length": 2048, "layers_measured": [4, 12]}
@@ -74,7 +78,7 @@ def test_report_shows_the_newest_figures(tmp_path: Path) -> None:
     _write(
         tmp_path,
         "throughput",
-        common | {"attention": "hopper", "seconds": 1.0},
+        common | {"attention": "jaxflash", "seconds": 1.0},
         common | {"attention": "standard", "seconds": 2.0},
     )
     out = tmp_path / "REPORT.md"

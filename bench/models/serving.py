@@ -32,7 +32,7 @@ class Request(NamedTuple):
 
     @property
     def held(self) -> int:
-        """Tokens of the cache that it may take: all but the last one's."""
+        """Tokens of the cache that it may take."""
         return len(self.prompt) + self.tokens
 
 

@@ -37,9 +37,11 @@ class Core:
         mask: Any,
         positions: Any,
         segment_ids: Any,
+        inputs_kv: Any,  # None: those of the queries
         cache: Cache | None,
         counts: Any,
         dropout_key: Any,  # None: nothing is dropped
+        debug_checks: bool,
     ) -> tuple[jax.Array, Cache | None]:
         """Output [*B, T, N, Hv], and the cache with the new tokens if there was one."""
         if cache is None:
@@ -58,11 +60,15 @@ class Core:
             }
             return self.over_sequence(query, key, value, sinks=sinks, **options), None
         self._check_for_cache(
-            mask=mask, positions=positions, segment_ids=segment_ids, dropout_key=dropout_key
+            inputs_kv=inputs_kv,
+            mask=mask,
+            positions=positions,
+            segment_ids=segment_ids,
+            dropout_key=dropout_key,
         )
         new = jnp.arange(query.shape[-3], dtype=jnp.int32)
         query, key = self.rotate(query, key, cache.lengths[:, None] + new)
-        cache = cache.append(key, value, counts)
+        cache = cache.append(key, value, counts, debug_checks=debug_checks)
         return self.over_cache(query, cache, sinks=sinks, counts=counts), cache
 
     def rotate(

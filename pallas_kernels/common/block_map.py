@@ -105,7 +105,7 @@ def _by_elements(problem: Problem, x: Operands, block_q: int, block_kv: int) -> 
 
     def tiles(fill: bool) -> jax.Array:
         rows = _blocks(allowed, 2, block_q, fill)  # [B|1, N|1, q_blocks, block_q, S]
-        return _blocks(rows, 4, block_kv, fill)
+        return _blocks(rows, 4, block_kv, False)  # keys that do not exist are not visible
 
     return jnp.any(tiles(False), axis=(3, 5)), jnp.all(tiles(True), axis=(3, 5)), by_key
 

@@ -121,7 +121,9 @@ def consume(k: Backward, order: Order) -> None:
 
     def of_tile(state: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         place, tile, step = state
-        step = attend(Consumer(k, me, place), order, k.work(tile), step)
+        # What is uniform needs no register in every thread.
+        work = jax.tree.map(mosaic.uniform, k.work(tile))
+        step = attend(Consumer(k, me, place), order, work, step)
         return *next_tile(lax.rem(place + 1, k.config.key_stages)), step
 
     zero = jnp.int32(0)
@@ -145,6 +147,7 @@ def attend(c: Consumer, order: Order, work: KeyWork, step: Any) -> Any:
             def one(number: Any, carry: Carry) -> Carry:
                 fresh = c.fresh()
                 here = fresh.here(work, member, number, masked, step + number)
+                carry = carry._replace(last=jax.tree.map(mosaic.uniform, carry.last))
                 return order.visit(fresh, work, here, masked, carry)
 
             return one

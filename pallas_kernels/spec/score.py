@@ -29,7 +29,7 @@ def modify(problem: Problem, tile: Tile, s: Any) -> Any:
     if problem.score_mod is not None:
         where = coordinates(problem, tile)
         score = s.astype(problem.compute_dtype)
-        s = problem.score_mod(parameters.consts, score, *where).astype(s.dtype)
+        s = _all(problem.score_mod(parameters.consts, score, *where), s)
     return s
 
 
@@ -55,8 +55,13 @@ def modify_with_slope(problem: Problem, tile: Tile, s: Any) -> tuple[Any, Any]:
     score = s.astype(problem.compute_dtype)
     where = coordinates(problem, tile)
     value, last = function.with_slope(tile.parameters.consts, score, *where)
-    last = last.astype(s.dtype)
-    return value.astype(s.dtype), last if slope is None else slope * last
+    last = _all(last, s)
+    return _all(value, s), last if slope is None else slope * last
+
+
+def _all(found: Any, like: Any) -> Any:
+    """What a function gives for each element, which need not depend on it."""
+    return jnp.broadcast_to(found.astype(like.dtype), like.shape)
 
 
 def differentiate(problem: Problem, tile: Tile, s: Any) -> tuple[Any, Any]:

@@ -144,9 +144,9 @@ class Backward:
             kept, dp = (
                 spec.dropout.apply(p, seen.tile, (seed[0], seed[1]), x) for x in (weights, dp)
             )
+        if slope is not None:  # which may be infinite where there is no row
+            weights = jnp.where(weights > 0, weights * slope, 0)
         ds = weights * (dp - rows.delta[:, None])
-        if slope is not None:
-            ds = ds * slope
         if seen.allowed is not None:  # of what is hidden it may be NaN
             ds = jnp.where(seen.allowed, ds, 0)
         return kept.astype(p.dtype), ds

@@ -1,6 +1,7 @@
 """How kernels are cut into tiles, by GPU and head dim."""
 
 import dataclasses
+import re
 from typing import Literal
 
 from pallas_kernels import spec
@@ -65,20 +66,33 @@ def _pick(table: Table, problem: spec.Problem) -> Config:
 
 def is_supported(device: spec.Device) -> bool:
     """Whether it is an NVIDIA GPU that multiplies bfloat16: Ampere and later."""
-    older = ("Tesla", "Quadro", "TITAN", "GTX", "RTX 20", "T4", "V100", "P100")
     is_nvidia = device.platform == "gpu" and device.kind.startswith("NVIDIA")
-    return is_nvidia and not any(name in device.kind for name in older)
+    return is_nvidia and _OLDER.search(device.kind) is None
 
 
 def shared_memory_kib(device: spec.Device) -> int:
     """What a block may take: much on cards for data centers, 99 KiB on others."""
-    names = {"A100": 163, "A800": 163, "A30": 163, "H100": 227, "H200": 227, "H800": 227}
-    names |= {"H20": 227, "GH200": 227, "B100": 227, "B200": 227, "GB200": 227, "B300": 227}
-    return next((size for name, size in names.items() if name in device.kind), 99)
+    return _of_card(_SHARED_MEMORY_KIB, device, 99)
 
 
 def multiprocessors(device: spec.Device) -> int:
     """Of a card; where unknown, those of an average one."""
-    names = {"A100": 108, "A10G": 80, "A10": 72, "L40": 142, "L4": 58, "H100": 132, "H200": 132}
-    names |= {"B200": 148, "RTX 3090": 82, "RTX 4090": 128, "RTX 5090": 170}
-    return next((count for name, count in names.items() if name in device.kind), 80)
+    return _of_card(_MULTIPROCESSORS, device, 80)
+
+
+_OLDER = re.compile(r"\b(Tesla|Quadro|TITAN|GTX|RTX 20[678]0|[TPV]100|T4|T\d{3,4}|MX\d+)\b")
+_SHARED_MEMORY_KIB = {
+    r"A100|A800|A30": 163,
+    r"H100|H200|H800|H20|GH200|B100|B200|GB200|B300|GB300": 227,
+}
+_MULTIPROCESSORS = {
+    r"A100|A800": 108, r"A30": 56, r"A10G": 80, r"A10": 72, r"L40|L40S": 142, r"L4": 58,
+    r"H100|H200|H800|GH200": 132, r"B200|GB200": 148, r"RTX 3090": 82, r"RTX 4090": 128,
+    r"RTX 5090": 170,
+}  # fmt: skip
+
+
+def _of_card(table: dict[str, int], device: spec.Device, otherwise: int) -> int:
+    """The entry whose names are words of a card's name."""
+    found = (n for names, n in table.items() if re.search(rf"\b({names})\b", device.kind))
+    return next(found, otherwise)

@@ -28,6 +28,8 @@ from pallas_kernels.triton.memory import Ref, Run, dot, load_rows, store_rows, s
 
 LOG2_E = math.log2(math.e)
 _MAX_HEAD_DIM = 256
+# Pallas-Triton's offsets have 32 bits up to 2^32 bytes, which are as many elements of a mask.
+_LARGEST_MASK = 2**31
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +184,7 @@ def launch(
             store_vector(lse_ref, of_head, rows, lse)
 
         if c.schedule == 1:
-            lax.fori_loop(0, q_blocks, run, None)
+            lax.fori_loop(0, q_blocks * parts, run, None)
         else:
             run(pl.program_id(0))
 
@@ -215,4 +217,6 @@ def supports(problem: spec.Problem) -> str | None:
         return f"takes head dims up to {_MAX_HEAD_DIM}; got {p.H=}, {p.Hv=}"
     if 0 in (p.B, p.T, p.S, p.N):
         return f"has no empty form; got {p.B=}, {p.T=}, {p.S=}, {p.N=}"
+    if p.operands.mask is not None and p.operands.mask.size > _LARGEST_MASK:
+        return f"addresses masks of at most 2**31 elements; got shape {p.operands.mask.shape}"
     return evaluate.refused_functions(p)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas import triton
 
 from pallas_kernels import spec
@@ -50,7 +51,13 @@ def launch(
     zeroed: Sequence[int] = (),
 ) -> list[jax.Array]:
     """Runs a kernel of references to whole arrays; outputs named in ``zeroed`` begin as zeros."""
+    # Inside shard_map, outputs vary over the mesh axes that inputs vary over.
+    types = [jax.typeof(x).manual_axis_type for x in inputs]
+    varies = max(types, key=lambda t: len(t.varying))
+    outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varies) for x in outputs]
     zeros = [jnp.zeros(outputs[i].shape, outputs[i].dtype) for i in zeroed]
+    if varies.varying:
+        zeros = [lax.pcast(x, tuple(sorted(varies.varying)), to="varying") for x in zeros]
     aliases = {len(inputs) + n: i for n, i in enumerate(zeroed)}
 
     def body(*refs: Ref) -> None:
@@ -58,7 +65,7 @@ def launch(
 
     return pl.pallas_call(
         body,
-        out_shape=list(outputs),
+        out_shape=outputs,
         grid=grid,
         input_output_aliases=aliases,
         interpret=device.platform == "cpu",
@@ -156,7 +163,7 @@ def add_rows(
 
 def load_pages(table: Ref, batch: Any, keys: Run, page_size: int) -> jax.Array:
     """The page of each key of a run, [B, M] being the table; 0 where there is no key."""
-    number = jax.lax.div(keys.indices, page_size)
+    number = lax.div(keys.indices, page_size)
     return triton.load(table.at[batch, number], mask=keys.exists, other=jnp.int32(0))
 
 
