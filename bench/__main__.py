@@ -18,6 +18,7 @@ TABLES: dict[str, tuple[str, str]] = {
     "backward": ("bench.backward", "the same with gradients, and the backward alone"),
     "decode": ("bench.decode", "new tokens against a cache, contiguous and in pages: TB/s"),
     "train": ("bench.train", "loss curves of a transformer with a kernel and with the reference"),
+    "portable": ("bench.portable", "the Triton kernels against torch's, with every configuration"),
     "throughput": ("bench.throughput", "training of Llama 2: samples a second by attention"),
     "generation": ("bench.generation", "tokens a second of Llama 2 7B and GPT models, batch 1"),
     "serving": ("bench.serving", "continuous batching: users and tokens a second with pages"),

@@ -72,6 +72,7 @@ def test_listing_names_every_table(capsys):
         "serving",
         "report",
         "footprint",
+        "portable",
         "tune",
         "speed",
         "long",

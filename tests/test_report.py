@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench import __main__ as entry
-from bench import report, results, seed, throughput
+from bench import portable, report, results, seed, throughput
 from bench.models.config import MODELS
 
 pytestmark = pytest.mark.bench
@@ -29,6 +29,16 @@ def test_tables_of_models_end_to_end(name: str, tmp_path: Path) -> None:
         # What is scaled from a tiny model's few layers is noise.
         assert row[rate] > 0 or len(row.get("layers_measured", ())) > 1
         assert row["versions"]["jax"]
+
+
+def test_table_of_the_triton_kernels_end_to_end(tmp_path: Path) -> None:
+    """Interpreted: every configuration that is worth trying gives the right answer."""
+    assert entry.main(["portable", "--tiny", "--repeats", "1", "--out", str(tmp_path)]) == 0
+    (jsonl,) = tmp_path.glob("portable-*.jsonl")
+    rows = {row["name"]: row for row in results.read_rows(jsonl)}
+    names = {portable.text_of(c) for c in portable.CANDIDATES[64, "forward"]}
+    assert names | {"default"} <= set(rows)
+    assert all(rows[name]["reason"] is None for name in names)
 
 
 def test_layers_that_were_not_run_are_scaled() -> None:
