@@ -8,6 +8,7 @@ from jaxflash.cache import KVCache, OutOfPages, PageAllocator, PagedKVCache
 from jaxflash.dispatch import Explanation
 from jaxflash.inference import decode_attention, paged_attention
 from jaxflash.modules.rope import Rope
+from jaxflash.parallel import ring_attention, stripe, ulysses_attention, unstripe
 from jaxflash.vjp import CHECKPOINT_NAMES
 
 __version__ = "0.1.0"
@@ -25,6 +26,10 @@ __all__ = [
     "explain",
     "merge",
     "paged_attention",
+    "ring_attention",
+    "stripe",
+    "ulysses_attention",
+    "unstripe",
 ]
 
 
