@@ -101,7 +101,7 @@ def compile_for(
         raise ValueError(f"gpu must be one of {', '.join(GPUS)}; got {gpu!r}")
     if reason := missing_packages():
         raise ModuleNotFoundError(reason)
-    mesh = Mesh(np.array(_topology(GPUS[gpu]).devices), ("device",))
+    mesh = mesh_of(gpu, 1)
     with tempfile.TemporaryDirectory() as folder, _dumping(folder):
         # Pallas-Triton reads the kind of device from the abstract mesh (JAX 0.11 and later).
         with jax.sharding.use_abstract_mesh(_abstract(mesh, GPUS[gpu])):
@@ -119,6 +119,11 @@ def compile_for(
         analysis.peak_memory_in_bytes,
         kernels,
     )
+
+
+def mesh_of(gpu: str, devices: int) -> Mesh:
+    """So many of a GPU that need not be here, along an axis "device"."""
+    return Mesh(np.array(_topology(GPUS[gpu], devices).devices), ("device",))
 
 
 def _abstract(mesh: Mesh, gpu: Gpu) -> jax.sharding.AbstractMesh:
@@ -151,12 +156,12 @@ def _is_installed(package: str) -> bool:
     return True
 
 
-def _topology(gpu: Gpu) -> topologies.TopologyDescription:
-    """A machine with one such GPU."""
+def _topology(gpu: Gpu, devices: int) -> topologies.TopologyDescription:
+    """A machine with such GPUs."""
     try:
         with _nothing_runs_on_cuda():
             return topologies.get_topology_desc(
-                "1x1x1", "cuda", target_config=gpu.target_config(), topology="1x1x1"
+                "cuda", "cuda", target_config=gpu.target_config(), topology=f"1x1x{devices}"
             )
     except NotImplementedError as error:
         raise RuntimeError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxflash
 from bench import aot
@@ -242,6 +243,42 @@ def test_triton_kernels_that_do_not_fit_do_not_compile() -> None:
     x = _bf16(1, 1024, 1, 256)
     with pytest.raises(jax.errors.JaxRuntimeError, match="Shared memory size limit exceeded"):
         aot.compile_for(attend, x, x, x, gpu="a10g")
+
+
+@needs_compiler
+@pytest.mark.skipif(not mosaic.Sums.exist(), reason="this JAX has no gradients by the kernel")
+def test_ring_of_eight_gpus_computes_while_it_transfers() -> None:
+    """In each loop all transfers start before the step's kernels and end after them."""
+    mesh, by_token = aot.mesh_of("h100", 8), PartitionSpec(None, "device")
+    ring = functools.partial(
+        jaxflash.ring_attention, axis_name="device", is_causal=True, layout="striped",
+        implementation="hopper",
+    )  # fmt: skip
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        attend = jax.shard_map(ring, mesh=mesh.abstract_mesh, in_specs=by_token, out_specs=by_token)
+        return jnp.sum(attend(q, k, v).astype(jnp.float32))
+
+    x, sharding = _bf16(1, 131072, 32, 128), NamedSharding(mesh, by_token)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        jitted = jax.jit(jax.grad(loss, (0, 1, 2)), in_shardings=sharding)
+        lowered = jitted.lower(x, x, x)
+    options: Any = {"xla_gpu_experimental_parallel_collective_overlap_limit": 4}
+    text = lowered.compile(compiler_options=options).as_text()
+    assert "all-gather" not in text
+    computations = re.split(r"\n(?=%|ENTRY)", text)
+    loops = [c for c in computations if "permute-start(" in c and not c.startswith("ENTRY")]
+    orders = [
+        re.findall(r"= .*?\b(collective-permute-start|collective-permute-done|conditional)\(", c)
+        for c in loops
+    ]
+    ours = [order for order in orders if "conditional" in order]
+    assert len(ours) == 2
+    for order in ours:
+        middle = order.index("conditional")
+        assert set(order[:middle]) == {"collective-permute-start"}
+        assert set(order[middle + 1 :]) <= {"collective-permute-done", "collective-permute-start"}
+    assert sorted(order.index("conditional") for order in ours)[-1] == 4  # K, V, dK and dV
 
 
 class _Decode(NamedTuple):

@@ -44,7 +44,11 @@ def ring_attention(
 ) -> Any:
     """``dot_product_attention`` of a sequence that is divided over a mesh axis.
 
-    For use inside ``jax.shard_map``; arrays are this device's parts. Under a causal mask the parts
+    For use inside ``jax.shard_map``; arrays are this device's parts. XLA on GPUs runs one transfer
+    at a time beside a kernel; here there are up to four, so compile with
+    ``compiler_options={"xla_gpu_experimental_parallel_collective_overlap_limit": 4}``.
+
+    Under a causal mask the parts
     of a contiguous sequence are unequal work: the last device sees everything, the first its own
     part alone. Striped, token t of the whole is on device ``t % n``, and all have the same to do.
 
@@ -297,32 +301,36 @@ def _backward(ring: _Ring, residuals: Any, cotangents: Any) -> tuple[spec.Operan
         return None if x is None else varying_like(operands, jnp.zeros(x.shape, p.compute_dtype))
 
     def attend(sums: _Sums, travelling: _Travelling, step: Any) -> _Sums:
-        def more(sums: _Sums) -> _Sums:
+        def more(nothing: _Sums) -> _Sums:
             found = backward(p, ring.operands(operands, travelling, step), *given)
             parts = _Sums(found.query, found.alibi_slopes, found.key, found.value)
-            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, parts)
+            return jax.tree.map(lambda a, b: b.astype(a.dtype), nothing, parts)
 
-        return _where_seen(ring.is_seen(step), more, sums)
-
-    def one(carry: Any, step: Any) -> Any:
-        sums, travelling = carry
-        following = ring.onward(travelling)
-        sums = attend(sums, travelling, step)
-        key, value = ring.onward((sums.key, sums.value))
-        return (sums._replace(key=key, value=value), following), None
+        # Added outside, so that the step does not wait for sums that are on their way.
+        return jax.tree.map(jnp.add, sums, _where_seen(ring.is_seen(step), more, start))
 
     start = _Sums(
         *map(zeros, (operands.query, operands.alibi_slopes, operands.key, operands.value))
     )
+
+    def moved(sums: _Sums) -> _Sums:
+        key, value = ring.onward((sums.key, sums.value))
+        return sums._replace(key=key, value=value)
+
+    def one(carry: Any, step: Any) -> Any:
+        sums, travelling = carry
+        # Gradients of the step before travel while this one computes, too.
+        following, sums_here = ring.onward(travelling), moved(sums)
+        return (attend(sums_here, travelling, step), following), None
+
     steps = jnp.arange(ring.size - 1, dtype=jnp.int32)
     (sums, travelling), _ = lax.scan(one, (start, _Travelling.of(operands)), steps)
-    sums = attend(sums, travelling, jnp.int32(ring.size - 1))
-    key, value = ring.onward((sums.key, sums.value))  # home
+    sums = moved(attend(moved(sums), travelling, jnp.int32(ring.size - 1)))
     delta = softmax.delta(out, lse, dout, dlse)
     result = spec.Operands(
         query=sums.query,
-        key=key,
-        value=value,
+        key=sums.key,
+        value=sums.value,
         alibi_slopes=sums.alibi_slopes,
         sinks=softmax.of_sinks(operands.sinks, lse, delta),
     )
