@@ -12,12 +12,14 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32, Shaped
 
 from jaxflash import checks, dispatch
 from jaxflash.api import Implementation
 from jaxflash.arguments import canonicalize
 from jaxflash.varying import varying_like
+from jaxflash.vjp import CHECKPOINT_NAMES
 from pallas_kernels import spec
 from pallas_kernels.spec import softmax
 
@@ -131,7 +133,7 @@ def ring_attention(
     )
     moving = lax.axis_index(axis_name)  # varies over the axis, as everything here does
     out, lse = _ring_attention(ring, varying_like((operands, moving), operands))
-    out, lse = (x.reshape(*batch, *x.shape[1:]) for x in (out.astype(problem.dtype), lse))
+    out, lse = (x.reshape(*batch, *x.shape[1:]) for x in (out, lse))
     return (out, lse) if return_residual else out
 
 
@@ -242,7 +244,7 @@ class _Travelling(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ring_attention(ring: _Ring, operands: spec.Operands) -> tuple[jax.Array, jax.Array]:
-    """Output [B, T, N, Hv] in float32 and lse [B, T, N]."""
+    """Output [B, T, N, Hv] in the query's dtype and lse [B, T, N] in float32."""
     p = ring.problem
     lse = jnp.full((p.B, p.T, p.N), -jnp.inf, p.compute_dtype)
     start = varying_like(operands, (jnp.zeros((*lse.shape, p.Hv), lse.dtype), lse))
@@ -264,11 +266,11 @@ def _ring_attention(ring: _Ring, operands: spec.Operands) -> tuple[jax.Array, ja
     (so_far, travelling), _ = lax.scan(one, (start, _Travelling.of(operands)), steps)
     out, lse = attend(so_far, travelling, jnp.int32(ring.size - 1))
     if operands.sinks is None:
-        return out, lse
+        return out.astype(p.dtype), lse
     sinks = operands.sinks.astype(lse.dtype)
     with_sinks = jnp.where(lse == -jnp.inf, lse, jnp.logaddexp(lse, sinks))
     weight = softmax.probabilities(lse[..., None], with_sinks)
-    return jnp.where(weight > 0, weight * out, 0), with_sinks
+    return jnp.where(weight > 0, weight * out, 0).astype(p.dtype), with_sinks
 
 
 def _where_seen(seen: Any, function: Any, x: Any) -> Any:
@@ -277,7 +279,8 @@ def _where_seen(seen: Any, function: Any, x: Any) -> Any:
 
 
 def _forward(ring: _Ring, operands: spec.Operands) -> Any:
-    out, lse = _ring_attention(ring, operands)
+    results = _ring_attention(ring, operands)
+    out, lse = (checkpoint_name(x, n) for x, n in zip(results, CHECKPOINT_NAMES, strict=True))
     return (out, lse), (operands, out, lse)
 
 
@@ -294,7 +297,7 @@ def _backward(ring: _Ring, residuals: Any, cotangents: Any) -> tuple[spec.Operan
     operands, out, lse = residuals
     dout, dlse = cotangents
     p = dataclasses.replace(ring.problem, constant=frozenset())
-    given = out.astype(p.dtype), lse, dout.astype(p.dtype), dlse
+    given = out, lse, dout, dlse
     backward = _backward_of(ring.backend)
 
     def zeros(x: Any) -> Any:
