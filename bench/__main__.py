@@ -22,6 +22,7 @@ TABLES: dict[str, tuple[str, str]] = {
     "throughput": ("bench.throughput", "training of Llama 2: samples a second by attention"),
     "generation": ("bench.generation", "tokens a second of Llama 2 7B and GPT models, batch 1"),
     "serving": ("bench.serving", "continuous batching: users and tokens a second with pages"),
+    "scale": ("bench.scale", "one long sequence over several devices: ring, Ulysses, gathering"),
     "report": ("bench.report", "every table of the seed document, from the results that are there"),
     "tune": ("bench.tune", "measure configurations of the Hopper forward for the library's table"),
     "long": ("bench.long", "time at long sequences, causal and full, forward and with gradients"),

@@ -73,6 +73,7 @@ def test_listing_names_every_table(capsys):
         "report",
         "footprint",
         "portable",
+        "scale",
         "tune",
         "speed",
         "long",

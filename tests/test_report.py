@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench import __main__ as entry
-from bench import portable, report, results, seed, throughput
+from bench import portable, report, results, scale, seed, throughput
 from bench.models.config import MODELS
 
 pytestmark = pytest.mark.bench
@@ -39,6 +39,17 @@ def test_table_of_the_triton_kernels_end_to_end(tmp_path: Path) -> None:
     names = {portable.text_of(c) for c in portable.CANDIDATES[64, "forward"]}
     assert names | {"default"} <= set(rows)
     assert all(rows[name]["reason"] is None for name in names)
+
+
+def test_table_of_several_devices_end_to_end(tmp_path: Path) -> None:
+    argv = ["--seq", "512", "--alone", "256", "--heads", "2", "--head-dim", "16", "--devices", "2"]
+    assert entry.main(["scale", *argv, "--out", str(tmp_path)]) == 0
+    (jsonl,) = tmp_path.glob("scale-*.jsonl")
+    rows = results.read_rows(jsonl)
+    assert {row["method"] for row in rows} == set(scale.METHODS)
+    for row in rows:
+        assert row["reason"] is None
+        assert row["seconds"] > 0
 
 
 def test_layers_that_were_not_run_are_scaled() -> None:

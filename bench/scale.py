@@ -1,0 +1,150 @@
+"""Attention of one long sequence on several devices: ring, Ulysses, and gathering all keys."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxflash
+from bench import results
+from bench.capacity import format_bytes, program_bytes
+from bench.shapes import DIRECTIONS, Direction, Shape, flops
+
+SUMMARY = "One causal sequence divided over 1, 2, 4, ... devices: tokens a second, efficiency."
+LENGTHS = (32768, 131072, 524288)
+_ALONE = 32768  # tokens of the problem that one device's rate is from
+_AXIS, _BY_TOKEN = "sequence", P(None, "sequence")
+_RUNS = 4
+# Keys, values and their gradients travel at the same time.
+_OVERLAP: Any = {"xla_gpu_experimental_parallel_collective_overlap_limit": 4}
+
+
+def gather(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """What XLA would do by itself: every device gets all keys and values."""
+    first = lax.axis_index(_AXIS) * query.shape[1]
+    key, value = (lax.all_gather(x, _AXIS, axis=1, tiled=True) for x in (key, value))
+    offset = jnp.broadcast_to(first, query.shape[:1]).astype(jnp.int32)
+    return jaxflash.dot_product_attention(query, key, value, is_causal=True, query_offset=offset)
+
+
+METHODS: dict[str, Callable[..., jax.Array]] = {
+    "ring, striped": functools.partial(
+        jaxflash.ring_attention, axis_name=_AXIS, is_causal=True, layout="striped"
+    ),
+    "ring": functools.partial(jaxflash.ring_attention, axis_name=_AXIS, is_causal=True),
+    "ulysses": functools.partial(jaxflash.ulysses_attention, axis_name=_AXIS, is_causal=True),
+    "gather": gather,
+}
+
+
+class Measured(NamedTuple):
+    """Of one program on every device."""
+
+    seconds: float
+    memory: int | None  # of one device, arguments and results included
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, prints and writes the table."""
+    parser = argparse.ArgumentParser(prog="python -m bench scale", description=SUMMARY)
+    add = parser.add_argument
+    add("--seq", type=int, nargs="+", metavar="T", default=LENGTHS, help="tokens of the whole")
+    add("--alone", type=int, default=_ALONE, help="tokens of the problem on one device")
+    add("--heads", type=int, default=32)
+    add("--head-dim", type=int, default=128)
+    add("--devices", type=int, nargs="+", help="default: all powers of two that there are")
+    add("--out", type=Path, default=results.RESULTS, metavar="DIR")
+    options = parser.parse_args(argv)
+    devices = jax.devices()
+    counts = options.devices or [2**i for i in range(len(devices).bit_length())]
+    counts = [n for n in counts if 1 < n <= len(devices)]
+    lines, records = [], []
+
+    def shape(length: int) -> Shape:
+        return Shape(1, length, length, options.heads, options.heads, options.head_dim, True)
+
+    for direction in DIRECTIONS:
+        alone = _measure(None, shape(options.alone), direction, 1)
+        rate = flops(shape(options.alone), direction) / alone.seconds
+        for length in options.seq:
+            for count in counts:
+                for name, method in METHODS.items():
+                    row = {"direction": direction, "length": length, "devices": count}
+                    row |= {"method": name, "one_device_tflops": rate / 1e12}
+                    try:
+                        found = _measure(method, shape(length), direction, count)
+                    except (jax.errors.JaxRuntimeError, ValueError) as error:
+                        records.append(row | {"reason": results.first_line(error)[:200]})
+                        lines.append(_line(row, None, 0.0))
+                        continue
+                    share = flops(shape(length), direction) / count / found.seconds / rate
+                    records.append(row | found._asdict() | {"efficiency": share, "reason": None})
+                    lines.append(_line(row, found, share))
+                    print(" | ".join(lines[-1]), flush=True)
+    headers = ["", "T", "devices", "by", "ms", "tokens a second", "efficiency", "memory a device"]
+    sections = [
+        f"Causal, batch 1, {options.heads} heads of {options.head_dim}, bfloat16; wall time. "
+        "`efficiency`: each device's FLOP/s by those of `dot_product_attention` at "
+        f"{options.alone} tokens on one device. Striped arrays are taken as they are.",
+        results.markdown_table(headers, lines),
+    ]
+    origin = results.origin(devices[0]) | {"device_count": len(devices)}
+    report = results.Report(
+        "scale", "", "Sequences over several devices", sections, [r | origin for r in records]
+    )
+    results.publish(report, devices[0], options.out)
+    return 0
+
+
+def _measure(
+    method: Callable[..., jax.Array] | None, shape: Shape, direction: Direction, count: int
+) -> Measured:
+    mesh = Mesh(np.array(jax.devices()[:count]), (_AXIS,))
+    sharding = NamedSharding(mesh, _BY_TOKEN)
+    attend: Any = functools.partial(jaxflash.dot_product_attention, is_causal=True)
+    if method is not None:
+        attend = jax.shard_map(method, mesh=mesh, in_specs=_BY_TOKEN, out_specs=_BY_TOKEN)
+
+    def loss(*qkv: jax.Array) -> jax.Array:
+        return jnp.sum(attend(*qkv).astype(jnp.float32))
+
+    function = attend if direction == "forward" else jax.grad(loss, (0, 1, 2))
+    options = _OVERLAP if jax.default_backend() == "gpu" else None
+    structs = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in shape.structs()]
+    compiled = jax.jit(function).lower(*structs).compile(compiler_options=options)
+    make = jax.jit(
+        lambda: tuple(
+            jax.random.normal(jax.random.key(i, impl="rbg"), x.shape, x.dtype)
+            for i, x in enumerate(structs)
+        ),
+        out_shardings=(sharding,) * len(structs),
+    )
+    arrays = make()
+    jax.block_until_ready(compiled(*arrays))
+    start = time.perf_counter()
+    for _ in range(_RUNS):
+        found = compiled(*arrays)
+    jax.block_until_ready(found)
+    seconds = (time.perf_counter() - start) / _RUNS
+    memory = program_bytes(compiled)
+    return Measured(seconds, None if memory is None else sum(memory))
+
+
+def _line(row: dict[str, Any], found: Measured | None, share: float) -> list[str]:
+    label = [row["direction"], str(row["length"]), str(row["devices"]), row["method"]]
+    if found is None:
+        return [*label, "-", "-", "-", "-"]
+    tokens = row["length"] / found.seconds
+    memory = "-" if found.memory is None else format_bytes(found.memory)
+    return [*label, f"{found.seconds * 1e3:.4g}", f"{tokens:.4g}", f"{share:.1%}", memory]
