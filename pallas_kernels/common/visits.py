@@ -50,6 +50,20 @@ def of_keys(
     return walk._replace(masked=jnp.where(stop > keys, walk.count, walk.masked))
 
 
+def needs_masks(problem: spec.Problem, block_kv: int) -> bool:
+    """Whether some visit needs a mask."""
+    p = problem
+    return p.masks_by_data or not p.band.is_unbounded or p.S % block_kv != 0
+
+
+def empties_rows(problem: spec.Problem, modifies: bool) -> bool:
+    """Whether a row may see no key; ``modifies``: logits may be made infinite."""
+    p = problem
+    if p.masks_by_data or p.static_band is None or modifies:
+        return True
+    return p.static_band.transpose().any_keys(0, p.S, p.T) != (0, p.T)
+
+
 def ends_within_tiles(problem: spec.Problem, block_kv: int) -> bool:
     """Whether keys that do not exist, or that lengths exclude, are in tiles that are visited.
 

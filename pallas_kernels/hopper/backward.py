@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import mosaic, spec
-from pallas_kernels.common import block_map, evaluate
+from pallas_kernels.common import accepts, block_map
 from pallas_kernels.common.schedule import Schedule, largest_divisor
 from pallas_kernels.hopper import gpu
 from pallas_kernels.hopper import tile as tiles
@@ -311,11 +311,4 @@ def _refused_logits(p: spec.Problem) -> str | None:
     bias = p.operands.bias
     if p.differentiates("bias") and bias.shape[3] == 1 and bias.shape[2] > 1:
         return "differentiates no bias that has rows, but not keys"
-    if p.differentiates("alibi_slopes") and (p.score_mod or p.soft_cap):
-        return "differentiates no slopes where logits are modified after them"
-    if p.score_mod is None:
-        return None
-    if p.differentiates("score_consts"):
-        return "differentiates no arrays that score_mod captures"
-    reason = evaluate.refusal(p.score_mod.with_slope)
-    return reason and f"cannot differentiate this score_mod: {reason}"
+    return accepts.refused_gradients(p)

@@ -96,6 +96,4 @@ class Staging(NamedTuple):
 
 def modifies(problem: spec.Problem) -> bool:
     """Whether logits are more than ``scale * q.k``, or their order is not that of ``q.k``."""
-    x = problem.operands
-    options = (x.bias, x.alibi_slopes, problem.soft_cap, problem.score_mod)
-    return any(option is not None for option in options) or problem.scale <= 0
+    return spec.score.modifies(problem) or problem.scale <= 0

@@ -15,7 +15,7 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 
 from pallas_kernels import mosaic, spec
-from pallas_kernels.common import packing
+from pallas_kernels.common import accepts, packing
 from pallas_kernels.common.schedule import Schedule, Work
 from pallas_kernels.common.walk import Walk, part, part_exists
 from pallas_kernels.hopper import gpu
@@ -23,7 +23,6 @@ from pallas_kernels.hopper.config import ROWS, Config
 from pallas_kernels.hopper.forward import launch, supports
 from pallas_kernels.hopper.kernel import Forward
 
-_MAX_TOKENS = 16
 _STAGES = (6, 5, 4, 3, 2)
 # In visits: what a part of a walk costs beside them, what it costs that there are parts to merge,
 # and what share of a part the last block is late by where sequences differ. The first two measured
@@ -140,8 +139,4 @@ def choose_splits(problem: spec.Problem, c: Config) -> int:
 
 def supports_decode(problem: spec.Problem) -> str | None:
     """Why this kernel cannot run a problem, or None."""
-    if problem.T > _MAX_TOKENS:
-        return f"decodes up to {_MAX_TOKENS} new tokens at once; got {problem.T}"
-    if problem.operands.query_lengths is not None:
-        return "decodes as many new tokens of each sequence"
-    return supports(problem)
+    return accepts.refused_tokens(problem) or supports(problem)

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import mosaic, spec
-from pallas_kernels.common import evaluate
+from pallas_kernels.common import accepts
 from pallas_kernels.common.block_map import BlockMap, block_map, needs_map
 from pallas_kernels.common.schedule import Schedule, Work, largest_divisor
 from pallas_kernels.hopper import gpu
@@ -361,18 +361,9 @@ def _heads_at_once(p: spec.Problem) -> int:
     return largest_divisor(p.B * p.N, max(1, gpu.L2_BYTES // of_kv_head) * p.G)
 
 
-_MAX_HEAD_DIM = 256
-
-
 def supports(problem: spec.Problem) -> str | None:
     """Why these kernels cannot run a problem, or None."""
     p = problem
     if not (gpu.is_hopper(p.device) or mosaic.is_interpreting()):
         return f"needs a Hopper GPU (H100, H200); this device is {p.device.kind}"
-    if p.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"multiplies bfloat16 and float16; got {p.dtype}"
-    if max(p.H, p.Hv) > _MAX_HEAD_DIM:
-        return f"takes head dims up to {_MAX_HEAD_DIM}; got {p.H=}, {p.Hv=}"
-    if 0 in (p.B, p.T, p.S, p.N):
-        return f"has no empty form; got {p.B=}, {p.T=}, {p.S=}, {p.N=}"
-    return evaluate.refused_functions(p)
+    return accepts.refused(p)

@@ -113,9 +113,7 @@ class Kernel:
     @property
     def masks(self) -> bool:
         """Whether some visit needs a mask."""
-        p = self.problem
-        by_band = p.masks_by_data or not p.band.is_unbounded
-        return by_band or p.S % self.config.block_kv != 0
+        return visits.needs_masks(self.problem, self.config.block_kv)
 
     @property
     def ends_within_tiles(self) -> bool:
@@ -150,10 +148,7 @@ class Kernel:
     @property
     def empties_rows(self) -> bool:
         """Whether a row may see no key. It still multiplies the values of those that others see."""
-        p = self.problem
-        if p.masks_by_data or p.static_band is None or self.modifies:
-            return True
-        return p.static_band.transpose().any_keys(0, p.S, p.T) != (0, p.T)
+        return visits.empties_rows(self.problem, self.modifies)
 
 
 def divide(

@@ -33,6 +33,13 @@ def modify(problem: Problem, tile: Tile, s: Any) -> Any:
     return s
 
 
+def modifies(problem: Problem) -> bool:
+    """Whether logits are more than ``scale * q.k``."""
+    x = problem.operands
+    changes = (x.bias, x.alibi_slopes, problem.soft_cap, problem.score_mod)
+    return any(change is not None for change in changes)
+
+
 def distance(tile: Tile) -> Any:
     """What ALiBi's slope is multiplied with."""
     return jnp.abs(tile.position - tile.key)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import spec
-from pallas_kernels.common import block_map, evaluate, visits
+from pallas_kernels.common import accepts, block_map, evaluate, visits
 from pallas_kernels.common.block_map import BlockMap
 from pallas_kernels.common.schedule import Work
 from pallas_kernels.common.walk import Walk
@@ -73,17 +73,12 @@ class Backward:
     @property
     def masks(self) -> bool:
         """Whether some visit needs a mask."""
-        p = self.problem
-        by_band = p.masks_by_data or not p.band.is_unbounded
-        return by_band or p.S % self.config.block_kv != 0
+        return visits.needs_masks(self.problem, self.config.block_kv)
 
     @property
     def empties_rows(self) -> bool:
         """Whether a row may see no key; it may then hold NaN."""
-        p = self.problem
-        if p.masks_by_data or p.static_band is None or tiles.modifies(p):
-            return True
-        return p.static_band.transpose().any_keys(0, p.S, p.T) != (0, p.T)
+        return visits.empties_rows(self.problem, spec.score.modifies(self.problem))
 
     def rows(self, q_block: Any) -> Run:
         return Run.of(q_block * self.config.block_q, self.config.block_q, self.problem.T)
@@ -121,7 +116,7 @@ class Backward:
     def see(self, place: tiles.Place, masked: bool) -> Seen:
         """What is visible of a tile of logits."""
         p, c = self.problem, self.config
-        if not (masked or tiles.modifies(p) or p.dropout_rate > 0):
+        if not (masked or spec.score.modifies(p) or p.dropout_rate > 0):
             return Seen(None, None)
         tile = tiles.tile_of(p, self.inputs.x, place, masked)
         return Seen(tile, tiles.visible(p, tile, (c.block_q, c.block_kv)) if masked else None)
@@ -130,7 +125,7 @@ class Backward:
         """P after dropout, in the dtype of the operands, and dS by ``scale * q.k`` in float32."""
         p = self.problem
         s, slope = dot(rows.q, keys.k.T), None
-        if tiles.modifies(p):
+        if spec.score.modifies(p):
             s, slope = spec.score.modify_with_slope(p, seen.tile, s * p.scale)
             s = s * LOG2_E
         else:
@@ -360,15 +355,8 @@ def _dbias(problem: spec.Problem, found: dict[str, jax.Array]) -> jax.Array | No
 def supports_backward(problem: spec.Problem) -> str | None:
     """Why these kernels cannot differentiate what the forward accepts, or None."""
     p = problem
-    if p.differentiates("alibi_slopes") and (p.score_mod or p.soft_cap):
-        return "differentiates no slopes where logits are modified after them"
     if p.deterministic and p.differentiates("bias"):
         shape = p.operands.bias.shape
         if min(shape[2:]) > 1 and shape[:2] != (p.B, p.N):
             return "adds a bias's gradient up over batch and heads in no fixed order"
-    if p.score_mod is None:
-        return None
-    if p.differentiates("score_consts"):
-        return "differentiates no arrays that score_mod captures"
-    reason = evaluate.refusal(p.score_mod.with_slope)
-    return reason and f"cannot differentiate this score_mod: {reason}"
+    return accepts.refused_gradients(p)

@@ -9,11 +9,10 @@ import jax
 import jax.experimental.pallas as pl
 
 from pallas_kernels import spec
-from pallas_kernels.common import packing
+from pallas_kernels.common import accepts, packing
 from pallas_kernels.triton.config import Config, decode_config, multiprocessors
 from pallas_kernels.triton.forward import launch, supports
 
-_MAX_TOKENS = 16
 _MAX_PARTS = 32
 _PROGRAMS_EACH = 2  # on a multiprocessor at a time
 
@@ -45,8 +44,4 @@ def choose_splits(problem: spec.Problem, c: Config) -> int:
 
 def supports_decode(problem: spec.Problem) -> str | None:
     """Why this kernel cannot run a problem, or None."""
-    if problem.T > _MAX_TOKENS:
-        return f"decodes up to {_MAX_TOKENS} new tokens at once; got {problem.T}"
-    if problem.operands.query_lengths is not None:
-        return "decodes as many new tokens of each sequence"
-    return supports(problem)
+    return accepts.refused_tokens(problem) or supports(problem)

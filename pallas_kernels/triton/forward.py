@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import spec
-from pallas_kernels.common import block_map, evaluate, visits
+from pallas_kernels.common import accepts, block_map, evaluate, visits
 from pallas_kernels.common.block_map import BlockMap
 from pallas_kernels.common.schedule import Work
 from pallas_kernels.common.walk import Walk, part, part_exists
@@ -27,7 +27,6 @@ from pallas_kernels.triton.config import Config, forward_config, is_supported
 from pallas_kernels.triton.memory import Ref, Run, dot, load_rows, store_rows, store_vector
 
 LOG2_E = math.log2(math.e)
-_MAX_HEAD_DIM = 256
 # Pallas-Triton's offsets have 32 bits up to 2^32 bytes, which are as many elements of a mask.
 _LARGEST_MASK = 2**31
 
@@ -96,9 +95,9 @@ class Forward:
         place = tiles.Place(work.batch, work.head, rows, keys)
         columns, at, exist = self.where_keys(place, masked)
         s = dot(q, load_rows(self.x.key, at, exist, columns[0]).T)
-        needs_tile = masked or tiles.modifies(p) or p.dropout_rate > 0
+        needs_tile = masked or spec.score.modifies(p) or p.dropout_rate > 0
         tile: Any = tiles.tile_of(p, self.x, place, masked) if needs_tile else None
-        if tiles.modifies(p):
+        if spec.score.modifies(p):
             s = spec.score.modify(p, tile, s * p.scale) * LOG2_E
         else:
             s = s * (p.scale * LOG2_E)
@@ -118,9 +117,7 @@ class Forward:
     @property
     def masks(self) -> bool:
         """Whether some visit needs a mask."""
-        p = self.problem
-        by_band = p.masks_by_data or not p.band.is_unbounded
-        return by_band or p.S % self.config.block_kv != 0
+        return visits.needs_masks(self.problem, self.config.block_kv)
 
     def where_keys(self, place: tiles.Place, masked: bool) -> Any:
         """Columns of K and V, where a tile of them is, in pages perhaps, and which keys exist."""
@@ -211,12 +208,6 @@ def supports(problem: spec.Problem) -> str | None:
     p = problem
     if not (is_supported(p.device) or (p.device.platform == "cpu" and memory.is_interpreting())):
         return f"needs an NVIDIA GPU, Ampere or later; this device is {p.device.kind}"
-    if p.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"multiplies bfloat16 and float16; got {p.dtype}"
-    if max(p.H, p.Hv) > _MAX_HEAD_DIM:
-        return f"takes head dims up to {_MAX_HEAD_DIM}; got {p.H=}, {p.Hv=}"
-    if 0 in (p.B, p.T, p.S, p.N):
-        return f"has no empty form; got {p.B=}, {p.T=}, {p.S=}, {p.N=}"
     if p.operands.mask is not None and p.operands.mask.size > _LARGEST_MASK:
         return f"addresses masks of at most 2**31 elements; got shape {p.operands.mask.shape}"
-    return evaluate.refused_functions(p)
+    return accepts.refused(p)

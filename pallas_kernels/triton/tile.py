@@ -74,13 +74,6 @@ def some(allowed: jax.Array, axis: int) -> jax.Array:
     return jnp.max(allowed.astype(jnp.int32), axis=axis) > 0
 
 
-def modifies(problem: spec.Problem) -> bool:
-    """Whether logits are more than ``scale * q.k``."""
-    x = problem.operands
-    changes = (x.bias, x.alibi_slopes, problem.soft_cap, problem.score_mod)
-    return any(change is not None for change in changes)
-
-
 def _slopes(slopes: Ref, place: Place) -> jax.Array:
     """Of a head, or of each of its rows."""
     if len(slopes.shape) == 1:
