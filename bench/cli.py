@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,15 @@ def parser(table: str, summary: str) -> argparse.ArgumentParser:
     add("--dtype", choices=("bfloat16", "float16", "float32"))
     add("--impl", nargs="+", metavar="NAME", help="implementations (default: all)")
     add("--out", type=Path, default=results.RESULTS, metavar="DIR", help="where results go")
+    return result
+
+
+def model_parser(table: str, summary: str) -> argparse.ArgumentParser:
+    """The options of the tables of real models, which are given nearly all of the memory."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # read when JAX first runs
+    result = argparse.ArgumentParser(prog=f"python -m bench {table}", description=summary)
+    result.add_argument("--tiny", action="store_true", help="a model for trying the table out")
+    result.add_argument("--out", type=Path, default=results.RESULTS, metavar="DIR")
     return result
 
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
-import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 import jaxflash
-from bench import decode, results, seed
+from bench import cli, decode, results, seed
 from bench.models.config import MODELS, Config
 from bench.models.generate import Caches, Model, contiguous_caches, random_model, structure_of
 from bench.models.generate import decode as decode_steps
@@ -55,13 +52,10 @@ def problems(*, tiny: bool) -> list[Problem]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs, prints and writes the table."""
-    parser = argparse.ArgumentParser(prog="python -m bench generation", description=SUMMARY)
-    parser.add_argument("--tiny", action="store_true", help="a model for trying the table out")
+    parser = cli.model_parser("generation", SUMMARY)
     parser.add_argument("--only", nargs="+", metavar="WORD", help="rows that contain a word")
     parser.add_argument("--attention", nargs="+", help="default: ours and jax.nn's")
-    parser.add_argument("--out", type=Path, default=results.RESULTS, metavar="DIR")
     options = parser.parse_args(argv)
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     device = jax.devices()[0]
     names = options.attention or ["jaxflash", "standard"]
     read = decode.ceilings(device)["read"]
@@ -180,10 +174,7 @@ def _line(
         return footnotes.empty_cell(reasons[name, kind])
 
     ours, standard = (rates.get((name, "decode")) for name in (names[0], "standard"))
-    claimed = ["", ""]
-    if p.claim is not None:
-        claimed = ["OOM" if p.claim.standard is None else f"{p.claim.standard:g}"]
-        claimed.append(f"{p.claim.flash:g}")
+    claimed = ["", ""] if p.claim is None else p.claim.cells()
     return [
         p.label,
         *(rate(name, "decode") for name in names),

@@ -141,6 +141,10 @@ class RateClaim(NamedTuple):
     standard: float | None
     flash: float
 
+    def cells(self) -> list[str]:
+        """As two cells of a table."""
+        return ["OOM" if self.standard is None else f"{self.standard:g}", f"{self.flash:g}"]
+
 
 # Llama 2 7B on an A100: samples a second by batch and length, tokens a second by context.
 TRAINING: dict[tuple[int, int], RateClaim] = {

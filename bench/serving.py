@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from bench import results
+from bench import cli, results
 from bench.capacity import format_bytes
 from bench.models.config import MODELS, Config
 from bench.models.generate import Model, random_model, structure_of
@@ -50,12 +47,9 @@ _SMALL = Setup(_TINY, 4 * 128 * 256, 128, 10, 16, 12, (3, 60), (2, 30), chunk=32
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serves with both, prints and writes the table."""
-    parser = argparse.ArgumentParser(prog="python -m bench serving", description=SUMMARY)
-    parser.add_argument("--tiny", action="store_true", help="a model for trying the table out")
+    parser = cli.model_parser("serving", SUMMARY)
     parser.add_argument("--requests", type=int)
-    parser.add_argument("--out", type=Path, default=results.RESULTS, metavar="DIR")
     options = parser.parse_args(argv)
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     device = jax.devices()[0]
     setup = _SMALL if options.tiny else _LLAMA
     requests = random_requests(

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import os
 import time
 from collections.abc import Sequence
 from concurrent import futures
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from bench import results, seed
+from bench import cli, results, seed
 from bench.models import training
 from bench.models.config import MODELS, Config
 from bench.models.decoder import Attention
@@ -67,13 +64,10 @@ def problems(*, tiny: bool) -> list[Problem]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compiles everything, then runs it; prints and writes the table."""
-    parser = argparse.ArgumentParser(prog="python -m bench throughput", description=SUMMARY)
-    parser.add_argument("--tiny", action="store_true", help="a model for trying the table out")
+    parser = cli.model_parser("throughput", SUMMARY)
     parser.add_argument("--only", nargs="+", metavar="WORD", help="rows that contain a word")
     parser.add_argument("--attention", nargs="+", help="default: ours and jax.nn's")
-    parser.add_argument("--out", type=Path, default=results.RESULTS, metavar="DIR")
     options = parser.parse_args(argv)
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     device = jax.devices()[0]
     on_gpu = device.platform == "gpu"
     names = options.attention or (
@@ -194,10 +188,7 @@ def _line(
 
     scaled = "" if len(p.layers) == 1 else f" (from {' and '.join(map(str, p.layers))} layers)"
     share = f"{p.flops / seconds[ours] / peak / 1e12:.1%}" if ours in seconds else ""
-    claimed = ["", ""]
-    if p.claim is not None:
-        claimed = ["OOM" if p.claim.standard is None else f"{p.claim.standard:g}"]
-        claimed.append(f"{p.claim.flash:g}")
+    claimed = ["", ""] if p.claim is None else p.claim.cells()
     ratios = ratio("standard"), ratio("cudnn")
     return [p.label + scaled, *map(rate, names), *ratios, share, *claimed]
 
