@@ -22,7 +22,7 @@ import numpy as np
 
 from bench import results
 from bench.problems import Problem, measure, submit
-from bench.shapes import Direction, Shape
+from bench.shapes import DIRECTIONS, Shape
 from bench.timing import Compiler, Timing, device_clock
 from jaxflash.arguments import canonicalize
 from pallas_kernels import triton
@@ -33,29 +33,47 @@ TOKENS, FEATURES = 16384, 2048
 _DEFAULT, _TOKAMAX, _TORCH = "default", "tokamax", "torch"
 _TORCH_RUNS = 20
 
-# Block of queries, block of keys, warps, stages: by head dim and pass.
-CANDIDATES: dict[tuple[int, Direction], tuple[Config, ...]] = {
-    (64, "forward"): (
+# Block of queries, block of keys, warps, stages, by head dim: of the forward, and of the backward's
+# kernels, that of keys and that of rows, which are tried one at a time.
+FORWARD = {
+    64: (
         Config(128, 64, 4, 2), Config(128, 64, 4, 3), Config(128, 64, 4, 4), Config(128, 128, 8, 2),
         Config(64, 64, 4, 3), Config(128, 32, 4, 4),
     ),
-    (128, "forward"): (
-        Config(128, 64, 8, 2), Config(128, 64, 8, 3), Config(128, 64, 4, 2), Config(64, 64, 4, 2),
-        Config(64, 64, 4, 3), Config(128, 128, 8, 2), Config(128, 32, 4, 3),
+    128: (
+        Config(128, 64, 8, 2), Config(128, 64, 8, 3), Config(128, 64, 4, 2), Config(64, 64, 4, 3),
+        Config(128, 128, 8, 2), Config(128, 32, 4, 3),
     ),
-    (256, "forward"): (
-        Config(64, 64, 8, 2), Config(64, 32, 4, 2), Config(128, 32, 8, 2), Config(128, 64, 8, 1),
+    256: (
+        Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(64, 64, 4, 2), Config(64, 32, 4, 3),
     ),
-    (64, "forward+backward"): (
-        Config(64, 64, 4, 2), Config(64, 64, 4, 3), Config(64, 128, 8, 2), Config(128, 64, 8, 2),
-        Config(64, 128, 4, 2), Config(32, 64, 4, 3),
+}  # fmt: skip
+OF_KEYS = {
+    64: (
+        Config(64, 64, 4, 3), Config(64, 128, 8, 2), Config(64, 128, 8, 3), Config(32, 128, 4, 3),
+        Config(128, 128, 8, 2),
     ),
-    (128, "forward+backward"): (
-        Config(64, 64, 8, 2), Config(64, 64, 4, 2), Config(32, 64, 4, 2), Config(32, 128, 8, 2),
-        Config(64, 64, 8, 1), Config(32, 64, 8, 3),
+    128: (
+        Config(64, 64, 4, 2), Config(32, 128, 4, 2), Config(32, 128, 8, 3), Config(64, 128, 8, 2),
+        Config(64, 64, 4, 3), Config(128, 64, 8, 2),
     ),
-    (256, "forward+backward"): (
-        Config(32, 64, 8, 1), Config(32, 32, 8, 2), Config(32, 32, 4, 1), Config(64, 32, 8, 1),
+    256: (
+        Config(64, 64, 8, 1), Config(64, 32, 8, 2), Config(64, 32, 4, 2), Config(64, 32, 4, 1),
+        Config(128, 32, 8, 1), Config(128, 32, 8, 2), Config(64, 64, 4, 1),
+    ),
+}  # fmt: skip
+OF_ROWS = {
+    64: (
+        Config(128, 64, 4, 2), Config(128, 64, 4, 3), Config(128, 64, 8, 2), Config(128, 32, 4, 3),
+        Config(128, 128, 8, 2),
+    ),
+    128: (
+        Config(64, 64, 4, 2), Config(128, 32, 4, 2), Config(128, 32, 8, 3), Config(128, 64, 8, 2),
+        Config(64, 64, 4, 3), Config(64, 128, 8, 2),
+    ),
+    256: (
+        Config(64, 32, 4, 2), Config(64, 32, 4, 3), Config(64, 64, 4, 1), Config(128, 32, 8, 2),
+        Config(128, 64, 8, 1),
     ),
 }  # fmt: skip
 
@@ -63,15 +81,15 @@ CANDIDATES: dict[tuple[int, Direction], tuple[Config, ...]] = {
 def problems(*, tiny: bool) -> list[Problem]:
     """The shapes of the tables of the Hopper kernels, fewer."""
     if tiny:
-        return [Problem(Shape(1, 128, 128, 2, 2, 64, True))]
+        shape = Shape(1, 128, 128, 2, 2, 64, True)
+        return [Problem(shape, direction=direction) for direction in DIRECTIONS]
     shapes = [
         Shape(TOKENS // length, length, length, FEATURES // h, FEATURES // h, h, is_causal)
         for h, lengths in ((64, (1024, 4096)), (128, (1024, 4096, 16384)), (256, (4096,)))
         for length in lengths
         for is_causal in (False, True)
     ]
-    directions: tuple[Direction, ...] = ("forward", "forward+backward")
-    return [Problem(shape, direction=d) for d in directions for shape in shapes]
+    return [Problem(shape, direction=direction) for direction in DIRECTIONS for shape in shapes]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,11 +121,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             lines.append(_line(p, times))
             print(" | ".join(lines[-1]), reasons, flush=True)
             records += _records(p, times, timings, reasons)
-    headers = ["", "torch", "tokamax", "default", "fastest", "which", "torch / fastest"]
+    headers = ["", "", "torch", "tokamax", "default", "fastest", "which", "torch / fastest"]
     sections = [
         "Median ms / TFLOP/s. `torch` is its FlashAttention-2 (scaled_dot_product_attention, by "
         "CUDA events), `tokamax` its Triton kernel, both others by CUPTI; `which`: block of "
-        "queries, block of keys, warps, stages; of the backward's kernels where there is one.",
+        "queries, block of keys, warps, stages; of one of the backward's kernels, that of keys or "
+        "that of rows, the other being the default.",
         results.markdown_table(headers, lines),
     ]
     origin = results.origin(device)
@@ -120,17 +139,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def functions(p: Problem, only_defaults: bool) -> dict[str, Callable[..., Any]]:
     """Of a problem: tokamax's forward, the default, and other configurations by their text."""
-    found: dict[str, Callable[..., Any]] = {_DEFAULT: functools.partial(_ours, p, None)}
+    found: dict[str, Callable[..., Any]] = {_DEFAULT: functools.partial(_ours, p, {})}
     if not only_defaults:
-        for config in CANDIDATES[p.shape.head_dim, p.direction]:
-            found[text_of(config)] = functools.partial(_ours, p, config)
+        found |= {n: functools.partial(_ours, p, change) for n, change in candidates(p).items()}
     if p.direction == "forward" and (attention := _tokamax()) is not None:
         found[_TOKAMAX] = functools.partial(p.call, attention)
     return found
 
 
-def text_of(config: Config) -> str:
-    """A configuration in a short form."""
+def candidates(p: Problem) -> dict[str, dict[str, Config]]:
+    """What to try in place of the default of a kernel, by its text."""
+    width = p.shape.head_dim
+    if p.direction == "forward":
+        return {_text(config): {"forward": config} for config in FORWARD[width]}
+    of_keys = {f"keys {_text(config)}": {"of_keys": config} for config in OF_KEYS[width]}
+    return of_keys | {f"rows {_text(config)}": {"of_rows": config} for config in OF_ROWS[width]}
+
+
+def _text(config: Config) -> str:
     return f"{config.block_q} {config.block_kv} {config.num_warps} {config.num_stages}"
 
 
@@ -143,13 +169,14 @@ def _tokamax() -> Callable[..., jax.Array] | None:
 
 
 def _ours(
-    p: Problem, config: Config | None, arrays: Any, *inputs: jax.Array
+    p: Problem, change: dict[str, Config], arrays: Any, *inputs: jax.Array
 ) -> tuple[jax.Array, ...]:
     query, key, value = inputs[:3]
     asked, operands = canonicalize(query, key, value, **p.options(), **arrays)
     if p.direction == "forward":
-        return triton.forward(asked, operands, config)[:1]
+        return triton.forward(asked, operands, change.get("forward"))[:1]
     out, lse = triton.forward(asked, operands)
+    config = dataclasses.replace(triton.backward_config(asked), **change)
     found = triton.backward(asked, operands, out, lse, inputs[3], jnp.zeros_like(lse), config)
     return found.query, found.key, found.value
 
@@ -202,7 +229,7 @@ def _line(p: Problem, times: Mapping[str, float]) -> list[str]:
     if fastest is not None and _TORCH in times:
         ratio = f"{times[_TORCH] / times[fastest]:.3f}"
     cells = [entry(name) for name in (_TORCH, _TOKAMAX, _DEFAULT, fastest)]
-    return [p.label, *cells, fastest or "-", ratio]
+    return [p.label, p.direction, *cells, fastest or "-", ratio]
 
 
 def _records(
@@ -211,7 +238,12 @@ def _records(
     timings: Mapping[str, Timing],
     reasons: Mapping[str, str],
 ) -> list[dict[str, Any]]:
-    common = {"problem": p.label, "flops": p.flops, **dataclasses.asdict(p.shape)}
+    common = {
+        "problem": p.label,
+        "direction": p.direction,
+        "flops": p.flops,
+        **dataclasses.asdict(p.shape),
+    }
     found = [
         common | {"name": n, "median_ms": t, "reason": None}
         | (timings[n].record() if n in timings else {})

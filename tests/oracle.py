@@ -28,11 +28,18 @@ class Results(NamedTuple):
 
 def evaluate(case: Case, arrays: Arrays, attention: Callable[..., Any]) -> Results:
     """``attention`` with its residual, and its gradients for fixed random cotangents."""
+    function, floating = computation(case, arrays, attention)
+    return jax.tree.map(np.asarray, jax.jit(function)(floating))
+
+
+def computation(
+    case: Case, arrays: Arrays, attention: Callable[..., Any]
+) -> tuple[Callable[[Arrays], Results], Arrays]:
+    """What `evaluate` computes, and of what."""
     floating = {k: jnp.asarray(x) for k, x in arrays.items() if _is_floating(x)}
     others = {k: jnp.asarray(x) for k, x in arrays.items() if k not in floating}
 
-    @jax.jit
-    def run(floating: Arrays) -> Any:
+    def run(floating: Arrays) -> Results:
         (out, lse), pull = jax.vjp(lambda f: case.call(attention, {**f, **others}), floating)
         rng = np.random.default_rng(0)
         cotangents = tuple(
@@ -41,7 +48,7 @@ def evaluate(case: Case, arrays: Arrays, attention: Callable[..., Any]) -> Resul
         )
         return Results(out, lse, pull(cotangents)[0])
 
-    return jax.tree.map(np.asarray, run(floating))
+    return run, floating
 
 
 def expected(case: Case, arrays: Arrays) -> Results:

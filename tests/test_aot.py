@@ -26,7 +26,8 @@ from jaxflash import tuning
 from jaxflash.arguments import canonicalize
 from pallas_kernels import mosaic, triton
 from pallas_kernels.common.evaluate import SUPPORTED
-from tests import small_kernel
+from tests import oracle, small_kernel
+from tests.cases import CASES
 from tests.small_kernel import TILE, Form
 
 NEEDS_COMPILER = aot.missing_packages()
@@ -76,6 +77,7 @@ def _forwards() -> dict[str, tuple[int, int, int, dict[str, Any]]]:
         "tail-128": (128, 128, 4095, {}),
         "head-dim-72": (72, 72, 4095, _OF_MASK["band"]),
         "head-dim-80": (80, 80, 4096, {}),
+        "head-dim-136": (136, 136, 4096, {}),
         "value-dim-128": (192, 128, 4096, _OF_MASK["band"]),
         "alibi-128": (128, 128, 4096, {"is_causal": True, "alibi_slopes": np.ones(4, np.float32)}),
         "sinks-128": (128, 128, 4096, {"is_causal": True, "sinks": np.ones(4, np.float32)}),
@@ -234,6 +236,24 @@ def test_triton_kernels_compile_for_every_card(name: str, gpu: str) -> None:
     assert aot.compile_for(function, *structs, gpu=gpu).temp_bytes > 0
 
 
+_NUMBERS = (
+    "one_token", "query_lengths", "key_value_lengths", "score_mod_per_head",
+    "score_mod_steep_at_zero",
+)  # fmt: skip
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", _NUMBERS)
+def test_triton_knows_what_numbers_are(name: str) -> None:
+    """Pallas-Triton guesses their dtypes, and lacks operations of constants and of 16 bits."""
+    case = next(case for case in CASES if case.name == name).in_16_bits()
+    attention = functools.partial(
+        jaxflash.dot_product_attention, implementation="triton", return_residual=True
+    )
+    function, floating = oracle.computation(case, case.arrays(), attention)
+    assert aot.compile_for(function, floating, gpu="h100").temp_bytes > 0
+
+
 @needs_compiler
 def test_triton_kernels_that_do_not_fit_do_not_compile() -> None:
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -300,6 +320,7 @@ DECODES = {
         "logits_soft_cap": 20.0, "local_window_size": (1024, 0),
         "sinks": np.zeros(32, np.float32), "alibi_slopes": np.ones(32, np.float32),
     }),
+    "soft-cap": _Decode(options={"logits_soft_cap": 20.0}),
     "chunk": _Decode(T=512, page_size=64),
 }  # fmt: skip
 

@@ -35,10 +35,10 @@ def test_table_of_the_triton_kernels_end_to_end(tmp_path: Path) -> None:
     """Interpreted: every configuration that is worth trying gives the right answer."""
     assert entry.main(["portable", "--tiny", "--repeats", "1", "--out", str(tmp_path)]) == 0
     (jsonl,) = tmp_path.glob("portable-*.jsonl")
-    rows = {row["name"]: row for row in results.read_rows(jsonl)}
-    names = {portable.text_of(c) for c in portable.CANDIDATES[64, "forward"]}
-    assert names | {"default"} <= set(rows)
-    assert all(rows[name]["reason"] is None for name in names)
+    rows = {(row["direction"], row["name"]): row for row in results.read_rows(jsonl)}
+    for problem in portable.problems(tiny=True):
+        for name in ("default", *portable.candidates(problem)):
+            assert rows[problem.direction, name]["reason"] is None
 
 
 def test_table_of_several_devices_end_to_end(tmp_path: Path) -> None:

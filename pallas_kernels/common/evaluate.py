@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels import spec
@@ -120,7 +121,9 @@ def _run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
     values.update(zip(jaxpr.invars, args, strict=True))
 
     def value(atom: Any) -> Any:
-        return atom.val if hasattr(atom, "val") else values[atom]
+        # Of its own dtype: Pallas-Triton gives numbers without one that of another operand, though
+        # this be the condition of a choice.
+        return np.asarray(atom.val, atom.aval.dtype) if hasattr(atom, "val") else values[atom]
 
     for equation in jaxpr.eqns:
         inputs = [value(v) for v in equation.invars]
@@ -141,6 +144,17 @@ def _apply(equation: Any, inputs: list[Any]) -> list[Any]:
     if shapes:
         shape = jnp.broadcast_shapes(*shapes)
         inputs = [x if jnp.shape(x) == shape else jnp.broadcast_to(x, shape) for x in inputs]
+    if all(isinstance(x, np.ndarray) for x in inputs):  # nor has it all operations of constants
+        with jax.ensure_compile_time_eval():
+            return [np.asarray(x) for x in _bind(equation, inputs)]
+    if name in _IN_FLOAT32 and (dtype := jnp.result_type(inputs[0])) in _HALVES:
+        return [x.astype(dtype) for x in _bind(equation, [x.astype(jnp.float32) for x in inputs])]
+    return _bind(equation, inputs)
+
+
+def _bind(equation: Any, inputs: Sequence[Any]) -> list[Any]:
+    """The results of an operation on numbers."""
+    name, params = equation.primitive.name, equation.params
     if name in _REPLACED:
         return [_REPLACED[name](*inputs, **params)]
     if params.get("accuracy") is not None:  # there is one way to compute it
@@ -286,6 +300,16 @@ _ELEMENTWISE = frozenset(
         "shift_right_arithmetic",
         "round",
         "bitcast_convert_type",
+    ]
+)
+
+_HALVES = (jnp.bfloat16, jnp.float16)
+
+# What kernels compute in 32 bits only; the result is then rounded.
+_IN_FLOAT32 = frozenset(
+    [
+        *("div", "exp", "exp2", "expm1", "log", "log2", "log1p", "tanh", "sin", "cos", "sqrt"),
+        *("rsqrt", "round", "floor", "ceil", "pow", "integer_pow", "logistic", "erf", "polynomial"),
     ]
 )
 

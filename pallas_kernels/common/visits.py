@@ -7,7 +7,7 @@ from jax import lax
 
 from pallas_kernels import spec
 from pallas_kernels.common.schedule import Work
-from pallas_kernels.common.walk import Walk, of_band
+from pallas_kernels.common.walk import Walk, of_band, where
 
 
 def of_rows(
@@ -17,7 +17,7 @@ def of_rows(
     first = work.q_block * block_q
     rows, keys = row_count(problem, x, work.batch), key_count(problem, x, work.batch)
     if x.query_lengths is not None:
-        keys = jnp.where(first < rows, keys, 0)
+        keys = where(first < rows, keys, 0)
         rows = jnp.maximum(rows, first + 1)
     stop = jnp.minimum(first + block_q, rows)
     if problem.rows_per_position > 1:
@@ -43,11 +43,11 @@ def of_keys(
         return of_band(band, (first, stop), rows, block_q)
     keys = key_count(problem, x, batch)
     if x.key_value_lengths is not None:
-        rows = jnp.where(first < keys, rows, 0)
+        rows = where(first < keys, rows, 0)
     there = jnp.minimum(stop, jnp.maximum(keys, first + 1))
     walk = of_band(band, (first, there), rows, block_q)
     # Where keys end within the tile, each visit needs a mask.
-    return walk._replace(masked=jnp.where(stop > keys, walk.count, walk.masked))
+    return walk._replace(masked=where(stop > keys, walk.count, walk.masked))
 
 
 def needs_masks(problem: spec.Problem, block_kv: int) -> bool:

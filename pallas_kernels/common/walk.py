@@ -55,7 +55,7 @@ def of_band(band: Band, rows: tuple[Any, Any], keys: Any, block_kv: int) -> Walk
     first, last = _div(some[0], block_kv), _div(some[1] + block_kv - 1, block_kv)
     start = _div(every[0] + block_kv - 1, block_kv)
     full = _maximum(_div(every[1], block_kv) - start, 0)
-    start = _where(full > 0, start, first)
+    start = where(full > 0, start, first)
     count = _maximum(last - first, 1)
     masked = count - full
     upper = masked - (start - first)  # tiles beyond those that all see
@@ -64,7 +64,7 @@ def of_band(band: Band, rows: tuple[Any, Any], keys: Any, block_kv: int) -> Walk
         lower = start - 1 - (visit - upper)
         beyond = _maximum(last, 1) - 1 - visit
         between = start + full - 1 - (visit - masked)
-        return _where(visit < upper, beyond, _where(visit < masked, lower, between))
+        return where(visit < upper, beyond, where(visit < masked, lower, between))
 
     return Walk(count, masked, tile)
 
@@ -82,7 +82,9 @@ def _maximum(x: Any, y: Any) -> Any:
     return max(x, y) if _is_static(x, y) else jnp.maximum(x, y)
 
 
-def _where(condition: Any, x: Any, y: Any) -> Any:
+def where(condition: Any, x: Any, y: Any) -> Any:
+    """One of two int32, at once where the condition is known."""
     if _is_static(condition):
         return x if condition else y
-    return jnp.where(condition, x, y)
+    # Of two numbers without a dtype Pallas-Triton makes two booleans.
+    return jnp.where(condition, jnp.int32(x), jnp.int32(y))

@@ -72,10 +72,10 @@ class Form(NamedTuple):
     array_columns: int  # of the array that it is copied from or to
 
     @classmethod
-    def of(cls, rows: int, columns: int) -> Form:
-        """In strips as wide as can be."""
+    def of(cls, rows: int, columns: int, *, dividing: int = 0) -> Form:
+        """In strips as wide as can be, whose widths divide a number."""
         found, rest = [], columns
-        for width in _WIDTHS:
+        for width in (w for w in _WIDTHS if dividing % w == 0):
             found += [Piece(rest // width, rows, width)] if rest >= width else []
             rest %= width
         found += [Piece(1, rows, _WIDTHS[-1])] if rest else []
@@ -87,9 +87,9 @@ class Form(NamedTuple):
 
         A product with such a right operand gives all columns at once, which is faster.
         """
-        if columns % _WIDTHS[-1]:
-            return cls.of(rows, columns)
         # A product takes as many columns of its left operand at a time: they divide the rows.
+        if columns % _WIDTHS[-1]:
+            return cls.of(rows, columns, dividing=rows)
         width = math.gcd(columns, rows, _WIDTHS[0])
         return cls((Piece(columns // width, rows, width),), columns)
 

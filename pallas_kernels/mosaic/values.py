@@ -60,7 +60,15 @@ def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
 
 def row_iota(rows: int) -> jax.Array:
     """The int32 index of each row of a matrix, a vector."""
-    return layout_cast(lax.iota(jnp.int32, rows), _ROWS)
+    if interpreter.is_interpreting():
+        return lax.iota(jnp.int32, rows)
+
+    @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((rows,), jnp.int32, _ROWS))
+    def run(_: Any) -> Any:
+        i32, layout = ir.IntegerType.get_signless(32), fa.WGMMA_ROW_LAYOUT
+        return fa.FragmentedArray.broadcasted_iota(i32, (rows,), 0, layout, is_signed=True)
+
+    return run()
 
 
 def uniform(x: Any) -> Any:
@@ -112,9 +120,23 @@ def load_columns(ref: Ref) -> jax.Array:
 
 def spread_rows(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The matrix whose every column is `x`."""
-    return lax.broadcast_in_dim(x, shape, [0])
+    return _spread(x, shape, 0)
 
 
 def spread_columns(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The matrix whose every row is `x`."""
-    return lax.broadcast_in_dim(x, shape, [1])
+    return _spread(x, shape, 1)
+
+
+def _spread(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
+    if interpreter.is_interpreting():
+        return lax.broadcast_in_dim(x, shape, [axis])
+    layout = _ROWS if axis == 0 else _COLUMNS
+    result = plgpu.ShapeDtypeStruct(shape, x.dtype, plgpu.Layout.WGMMA)
+
+    # Not Mosaic's own, whose layouts it would search for, in a time exponential in their number.
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=result)
+    def run(_: Any, x: Any) -> Any:
+        return x.broadcast_in_dim(shape, (axis,), fa.WGMMA_LAYOUT)
+
+    return run(x)

@@ -6,12 +6,13 @@ folder knows of it, but for one line in dispatch.
 """
 
 from pallas_kernels.triton.backward import backward, supports_backward
-from pallas_kernels.triton.config import Config, backward_config, forward_config
+from pallas_kernels.triton.config import BackwardConfig, Config, backward_config, forward_config
 from pallas_kernels.triton.decode import decode, supports_decode
 from pallas_kernels.triton.forward import forward, supports
 from pallas_kernels.triton.memory import interpreting
 
 __all__ = [
+    "BackwardConfig",
     "Config",
     "backward",
     "backward_config",

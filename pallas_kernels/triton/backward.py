@@ -24,7 +24,7 @@ from pallas_kernels.common.schedule import Work
 from pallas_kernels.common.walk import Walk
 from pallas_kernels.triton import memory
 from pallas_kernels.triton import tile as tiles
-from pallas_kernels.triton.config import Config, backward_config
+from pallas_kernels.triton.config import BackwardConfig, Config, backward_config
 from pallas_kernels.triton.forward import LOG2_E
 from pallas_kernels.triton.memory import Ref, Run, dot, load_rows, load_vector, store_rows
 
@@ -279,17 +279,19 @@ def backward(
     lse: jax.Array,
     dout: jax.Array,
     dlse: jax.Array,
-    config: Config | None = None,
+    config: BackwardConfig | None = None,
 ) -> spec.Operands:
     """Gradients of the floating operands; None for the others."""
-    p, c = problem, config or backward_config(problem)
+    p, configs = problem, config or backward_config(problem)
     delta = spec.softmax.delta(out, lse, dout, dlse)
     base2 = jnp.where(lse == -math.inf, math.inf, lse * LOG2_E)
     has_map = block_map.needs_map(problem)
     found: dict[str, jax.Array] = {}
-    for kernel, outputs, make_map, grid in (
-        (_of_keys, _outputs(p)[0], block_map.by_key, (pl.cdiv(p.S, c.block_kv), p.K, p.B)),
-        (_of_rows, _outputs(p)[1], block_map.block_map, (pl.cdiv(p.T, c.block_q), p.N, p.B)),
+    keys = pl.cdiv(p.S, configs.of_keys.block_kv), p.K, p.B
+    rows = pl.cdiv(p.T, configs.of_rows.block_q), p.N, p.B
+    for kernel, c, outputs, make_map, grid in (
+        (_of_keys, configs.of_keys, _outputs(p)[0], block_map.by_key, keys),
+        (_of_rows, configs.of_rows, _outputs(p)[1], block_map.block_map, rows),
     ):
         by_data = make_map(problem, operands, c.block_q, c.block_kv) if has_map else None
         x = tiles.prepare(operands)

@@ -2,10 +2,12 @@
 
 import dataclasses
 import re
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pallas_kernels import spec
 from pallas_kernels.triton.memory import padded
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,28 +28,46 @@ class Config:
                 raise ValueError(f"{name} must be a power of two, at least 16; got {size}")
 
 
-# By shared memory of a block, largest first: what holds q, and stages of k and v.
-Table = dict[int, tuple[tuple[int, Config], ...]]
-_FORWARD: Table = {
-    # head dim: (bytes, config)
-    64: ((160, Config(128, 64, 4, 3)), (0, Config(128, 64, 4, 2))),
-    128: ((160, Config(128, 64, 8, 3)), (0, Config(64, 64, 4, 2))),
-    256: ((160, Config(64, 64, 8, 2)), (0, Config(64, 32, 4, 2))),
+@dataclasses.dataclass(frozen=True)
+class BackwardConfig:
+    """Of the backward's kernels, each of which keeps its own tile while others pass by."""
+
+    of_keys: Config
+    of_rows: Config
+
+
+# By head dim, then by shared memory of a block in KiB, largest first. Those with most are the best
+# that `python -m bench portable` found on an H100 (bench/LOG.md).
+Table = dict[int, tuple[tuple[int, T], ...]]
+_FORWARD: Table[Config] = {
+    64: ((160, Config(64, 64, 4, 3)), (0, Config(128, 64, 4, 2))),
+    128: ((160, Config(128, 64, 4, 2)), (0, Config(64, 64, 4, 2))),
+    256: ((200, Config(128, 64, 8, 2)), (160, Config(64, 64, 4, 2)), (0, Config(64, 32, 4, 2))),
 }
-_BACKWARD: Table = {
-    64: ((160, Config(64, 64, 4, 2)), (0, Config(64, 64, 4, 2))),
-    128: ((160, Config(64, 64, 8, 2)), (0, Config(32, 64, 8, 1))),
-    256: ((200, Config(32, 64, 8, 1)), (160, Config(32, 32, 8, 1)), (0, Config(16, 32, 4, 1))),
+_BACKWARD: Table[BackwardConfig] = {
+    64: (
+        (160, BackwardConfig(Config(64, 64, 4, 3), Config(128, 64, 4, 3))),
+        (0, BackwardConfig(Config(64, 64, 4, 2), Config(64, 64, 4, 2))),
+    ),
+    128: (
+        (160, BackwardConfig(Config(64, 64, 4, 2), Config(128, 32, 8, 3))),
+        (0, BackwardConfig(Config(32, 64, 8, 1), Config(32, 64, 8, 1))),
+    ),
+    256: (
+        (200, BackwardConfig(Config(64, 32, 4, 2), Config(64, 32, 4, 2))),
+        (160, BackwardConfig(Config(32, 32, 8, 1), Config(32, 32, 8, 1))),
+        (0, BackwardConfig(Config(16, 32, 4, 1), Config(16, 32, 4, 1))),
+    ),
 }
 
 
 def forward_config(problem: spec.Problem) -> Config:
-    """Of the forward; not measured yet on any card."""
+    """Of the forward: measured on an H100, guessed where there is less room."""
     return _pick(_FORWARD, problem)
 
 
-def backward_config(problem: spec.Problem) -> Config:
-    """Of both kernels of the backward, likewise."""
+def backward_config(problem: spec.Problem) -> BackwardConfig:
+    """Of the backward, likewise."""
     return _pick(_BACKWARD, problem)
 
 
@@ -58,7 +78,7 @@ def decode_config(problem: spec.Problem) -> Config:
     return Config(rows, 64 if wide <= 128 else 32, 4, 3 if wide <= 128 else 2)
 
 
-def _pick(table: Table, problem: spec.Problem) -> Config:
+def _pick(table: Table[T], problem: spec.Problem) -> T:
     wide = max(64, padded(max(problem.H, problem.Hv)))
     room = shared_memory_kib(problem.device)
     return next(config for least, config in table[wide] if room >= least)
