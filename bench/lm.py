@@ -33,6 +33,7 @@ class Config:
     learning_rate: float = 3e-3
     implementation: Any = None  # of attention, by name
     attention_dtype: str = "float32"
+    nudge: int = 0  # unless 0, seed of changes to the first parameters as small as bfloat16's eps
 
 
 class Block(nnx.Module):
@@ -117,12 +118,26 @@ def initial(config: Config, seed: int) -> tuple[Any, Any, Adam]:
 
     def make() -> tuple[Any, Adam]:
         parameters = nnx.state(LanguageModel(config, nnx.Rngs(seed)))
+        if config.nudge:
+            parameters = _nudged(parameters, jax.random.key(config.nudge))
         zeros = jax.tree.map(jnp.zeros_like, parameters)
         return parameters, Adam(zeros, zeros)
 
     structure = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(config, nnx.Rngs(seed))))
     # One program: run eagerly, every shape of every layer would be compiled by itself.
     return structure, *jax.jit(make)()
+
+
+def _nudged(parameters: Any, key: jax.Array) -> Any:
+    """Each number times 1 + x, x being at most bfloat16's eps."""
+    leaves, tree = jax.tree.flatten(parameters)
+    eps = float(jnp.finfo(jnp.bfloat16).eps)
+    keys = jax.random.split(key, len(leaves))
+    changed = [
+        x * (1 + jax.random.uniform(k, x.shape, x.dtype, -eps, eps))
+        for k, x in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(tree, changed)
 
 
 def _loss(

@@ -332,10 +332,12 @@ def training_rates(found: Found) -> str:
         share = ""
         if ours and ours["seconds"]:
             share = f"{ours['flops'] / ours['seconds'] / ours['product_tflops'] / 1e12:.0%}"
-        scaled = ours and len(ours["layers_measured"]) > 1
+        how = "not run yet"
+        if ours:
+            how = "scaled" if len(ours["layers_measured"]) > 1 else "measured"
         lines.append(
             [
-                model, f"{batch} x {length}", "scaled" if scaled else "measured",
+                model, f"{batch} x {length}", how,
                 *map(_number, rates.values()), _ratio(rates["jaxflash"], rates["standard"]),
                 _ratio(rates["jaxflash"], rates["cudnn"]), share,
                 _number(claim.standard), _number(claim.flash),

@@ -490,7 +490,8 @@ def test_training_with_a_backend_stays_near_the_reference(tmp_path, capsys):
     assert train.main(options) == 0
     assert "Mean distance of xla from the reference" in capsys.readouterr().out
     rows = results.read_rows(tmp_path / f"train-{results.device_slug(jax.devices()[0])}.jsonl")
-    assert len(rows) == 3 * 4  # implementations and steps, the one before the first included
+    curves = 2 + len(train.NUDGES)
+    assert len(rows) == curves * 4  # and steps, the one before the first included
 
 
 @pytest.mark.parametrize("option", ["", "bias", "sinks"])

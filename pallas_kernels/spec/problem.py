@@ -122,10 +122,32 @@ class ElementFunction:
         """Applies the function elementwise to broadcastable arrays.
 
         Axes of size one are not spread before they must be: a table indexed by the head alone is
-        read once a head.
+        read once a head. Captured arrays may have a wider dtype than those that were traced: their
+        elements are then narrowed once they are read, so that derivatives are summed in the wider.
         """
-        scalar = jex_core.jaxpr_as_fun(self.program)
-        return jnp.vectorize(lambda *a: scalar(*consts, *a)[0])(*args)
+        return jnp.vectorize(lambda *a: _narrowing_late(self.program, *consts, *a)[0])(*args)
+
+
+_INDEXING = ("dynamic_slice", "gather", "slice", "squeeze")
+
+
+def _narrowing_late(program: Any, *args: Any) -> list[Any]:
+    """Applies a program; what is wider than it should be is narrowed after it has been indexed."""
+    jaxpr = program.jaxpr
+    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*program.consts, *args), strict=True))
+
+    def narrow(atom: Any) -> Any:
+        return atom.val if hasattr(atom, "val") else values[atom].astype(atom.aval.dtype)
+
+    for equation in jaxpr.eqns:
+        inputs = [narrow(atom) for atom in equation.invars]
+        if equation.primitive.name in _INDEXING:
+            inputs[0] = values[equation.invars[0]]
+        parameters = equation.primitive.get_bind_params(equation.params)
+        found = equation.primitive.bind(*inputs, **parameters)
+        found = found if equation.primitive.multiple_results else [found]
+        values.update(zip(equation.outvars, found, strict=True))
+    return [narrow(atom) for atom in jaxpr.outvars]
 
 
 def _is_told_by_its_text(program: Any) -> bool:

@@ -74,16 +74,12 @@ def _all(found: Any, like: Any) -> Any:
 def differentiate(problem: Problem, tile: Tile, s: Any) -> tuple[Any, Any]:
     """``modify`` and its pullback ``ds -> (d s, d parameters)``.
 
-    Integer parameters have None for a derivative. Bias and slopes are raised to the compute dtype
-    first, so that their derivatives are summed in it.
+    Integer parameters have None for a derivative. Others are raised to the compute dtype first, so
+    that their derivatives are summed in it.
     """
-    given = tile.parameters
-    raised = given._replace(
-        bias=None if given.bias is None else given.bias.astype(s.dtype),
-        alibi_slope=None if given.alibi_slope is None else given.alibi_slope.astype(s.dtype),
-    )
-    leaves, tree = jax.tree.flatten(raised)
+    leaves, tree = jax.tree.flatten(tile.parameters)
     floating = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
+    leaves = [x.astype(s.dtype) if is_ else x for is_, x in zip(floating, leaves, strict=True)]
 
     def of_floating(s: Any, varied: list[Any]) -> Any:
         values = iter(varied)
