@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import doctest
 import functools
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxflash
 from jaxflash.parallel import ring, ulysses
+from tests import two_processes
 
 _T = 64
 _IDS = np.repeat(np.array([[0, 1, 2, 3], [0, 0, 1, 2]], np.int32), _T // 4, axis=1)
@@ -170,6 +176,34 @@ def test_errors() -> None:
         call(jaxflash.ulysses_attention, *_arrays(24, 3))
     with pytest.raises(ValueError, match="do not divide 64 tokens"):
         jaxflash.stripe(q, 3)
+
+
+def test_two_processes() -> None:
+    """As on two hosts: a ring over the devices of both."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    flags = f"--xla_force_host_platform_device_count={two_processes.DEVICES_EACH}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.two_processes", address, str(process)],
+            cwd=Path(__file__).parents[1],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for process in range(two_processes.PROCESSES)
+    ]
+    try:
+        printed = [process.communicate(timeout=300)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    for i, (process, text) in enumerate(zip(running, printed, strict=True)):
+        assert process.returncode == 0, text
+        assert f"process {i} of 2: equal" in text
 
 
 @pytest.mark.parametrize("module", [ring, ulysses])
