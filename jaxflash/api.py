@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int32, Shaped
 
-from jaxflash import checks, dispatch, vjp
+from jaxflash import checks, dispatch, partitioning, vjp
 from jaxflash.arguments import canonicalize
 from pallas_kernels import spec
 
@@ -173,7 +173,8 @@ def explain(
       **options: every other option of ``dot_product_attention``.
 
     Returns:
-      The name of the backend that runs and each backend's refusal; ``str`` of it is a table.
+      The name of the backend that runs, each backend's refusal and, if the query is sharded, what
+      kernels under ``jit`` divide among devices and what is gathered; ``str`` of it is a table.
 
     Raises:
       ValueError, TypeError: as ``dot_product_attention``, but not when a backend refuses.
@@ -197,7 +198,8 @@ def explain(
         problems.append(canonicalize(**concrete, **arrays)[0])
 
     jax.eval_shape(record, abstract)
-    return dispatch.explain(problems[0], implementation)
+    found = dispatch.explain(problems[0], implementation)
+    return found._replace(sharding=partitioning.described(problems[0], query))
 
 
 def merge(

@@ -48,12 +48,14 @@ class Explanation(NamedTuple):
 
     runs: str | None
     refusals: dict[str, str | None]  # None: the backend would accept
+    sharding: str | None = None  # what is divided among devices, and what is gathered
 
     def __str__(self) -> str:
         width = max(map(len, self.refusals))
-        return "\n".join(
+        lines = [
             f"{name:<{width}}  {self._verdict(name, why)}" for name, why in self.refusals.items()
-        )
+        ]
+        return "\n".join([*lines, self.sharding] if self.sharding else lines)
 
     def _verdict(self, name: str, refusal: str | None) -> str:
         if name == self.runs:

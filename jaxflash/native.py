@@ -1,4 +1,4 @@
-"""The Hopper kernels as a backend: with configurations of the table, a rule for vmap, gradients."""
+"""The Hopper kernels as a backend: with configurations, rules for vmap and meshes, gradients."""
 
 import dataclasses
 from typing import Any
@@ -7,12 +7,13 @@ import jax
 
 from jaxflash import tuning, xla
 from jaxflash.folding import folding
+from jaxflash.partitioning import partitioned
 from jaxflash.varying import varying_like
 from pallas_kernels import hopper, spec
 
-forward = folding(tuning.hopper_forward)
-_decode = folding(hopper.decode)
-_backward = folding(hopper.backward, differentiates=True)
+forward = folding(partitioned(tuning.hopper_forward))
+_decode = folding(partitioned(hopper.decode))
+_backward = folding(partitioned(hopper.backward), differentiates=True)
 
 
 def attend_cache(problem: spec.Problem, operands: spec.Operands) -> Any:

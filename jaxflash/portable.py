@@ -8,6 +8,7 @@ import jax
 
 from jaxflash import xla
 from jaxflash.folding import folding
+from jaxflash.partitioning import partitioned
 from jaxflash.varying import varying_like
 from pallas_kernels import spec
 
@@ -28,14 +29,14 @@ def supports(problem: spec.Problem) -> str | None:
 
 
 def forward(problem: spec.Problem, operands: spec.Operands) -> Any:
-    return folding(_kernels()[0].forward)(problem, operands)
+    return folding(partitioned(_kernels()[0].forward))(problem, operands)
 
 
 def attend_cache(problem: spec.Problem, operands: spec.Operands) -> Any:
     """New tokens at the end of what a cache holds: few of them, or a chunk of a prompt."""
     kernels, _ = _kernels()
     few = kernels.supports_decode(problem) is None
-    return folding(kernels.decode if few else kernels.forward)(problem, operands)
+    return folding(partitioned(kernels.decode if few else kernels.forward))(problem, operands)
 
 
 def backward(problem: spec.Problem, operands: spec.Operands, *rest: jax.Array) -> Any:
@@ -43,5 +44,5 @@ def backward(problem: spec.Problem, operands: spec.Operands, *rest: jax.Array) -
     kernels, _ = _kernels()
     if kernels.supports_backward(problem):
         return xla.backward(problem, operands, *rest)
-    found = folding(kernels.backward, differentiates=True)(problem, operands, *rest)
+    found = folding(partitioned(kernels.backward), differentiates=True)(problem, operands, *rest)
     return varying_like(operands, found)

@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from jaxflash.dispatch import Backend
+from jaxflash.partitioning import divided_as_typed
 from jaxflash.varying import varying_like
 from pallas_kernels import spec
 
@@ -22,6 +23,9 @@ def attention(
     backend: Backend, problem: spec.Problem, operands: spec.Operands
 ) -> tuple[jax.Array, jax.Array]:
     """Output [B, T, N, Hv] and lse [B, T, N] by ``backend``, differentiable in both."""
+    found = divided_as_typed(functools.partial(attention, backend), problem, operands)
+    if found is not None:
+        return found
     operands = varying_like(operands, operands)
     if backend.backward is None:
         return backend.forward(problem, operands)

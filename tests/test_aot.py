@@ -302,6 +302,44 @@ def test_ring_of_eight_gpus_computes_while_it_transfers() -> None:
     assert sorted(order.index("conditional") for order in ours)[-1] == 4  # K, V, dK and dV
 
 
+@needs_compiler
+@pytest.mark.parametrize("backend", ["hopper", "triton"])
+def test_kernels_of_eight_gpus_gather_nothing(backend: str) -> None:
+    """Under jit alone, with batch and heads sharded; what the slopes get is summed."""
+    gpus = aot.mesh_of("h100", 8)
+    mesh = jax.sharding.Mesh(gpus.devices.reshape(2, 4), ("data", "model"))
+    by_head, by_slope, alike = (
+        NamedSharding(mesh, PartitionSpec(*axes))
+        for axes in (("data", None, "model"), ("model",), ())
+    )
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array, slopes: jax.Array) -> jax.Array:
+        out = jaxflash.dot_product_attention(
+            q,
+            k,
+            v,
+            is_causal=True,
+            alibi_slopes=slopes,
+            implementation=backend,  # type: ignore[arg-type]
+        )
+        return jnp.sum(out.astype(jnp.float32))
+
+    q, k, slopes = _bf16(4, 1024, 16, 128), _bf16(4, 1024, 8, 128), _bf16(16)
+    with jax.sharding.use_abstract_mesh(gpus.abstract_mesh):
+        jitted = jax.jit(
+            jax.value_and_grad(loss, (0, 1, 2, 3)),
+            in_shardings=(by_head, by_head, by_head, by_slope),
+            out_shardings=(alike, (by_head, by_head, by_head, by_slope)),
+        )
+        text = jitted.lower(q, k, k, slopes).compile().as_text()
+    assert "all-gather" not in text
+    assert "all-to-all" not in text
+    assert "all-reduce" in text
+    kernels = {"hopper": "mosaic_gpu", "triton": "xla.gpu.triton"}[backend]
+    assert kernels in text
+    assert "bf16[2,1024,4,128]" in text  # the query of one device
+
+
 class _Decode(NamedTuple):
     """New tokens of 32 heads, in groups of four, against a cache."""
 
