@@ -11,9 +11,9 @@ from jaxflash.partitioning import partitioned
 from jaxflash.varying import varying_like
 from pallas_kernels import hopper, spec
 
-forward = folding(partitioned(tuning.hopper_forward))
-_decode = folding(partitioned(hopper.decode))
-_backward = folding(partitioned(hopper.backward), differentiates=True)
+forward = folding(partitioned(tuning.hopper_forward, hopper.is_interpreting))
+_decode = folding(partitioned(hopper.decode, hopper.is_interpreting))
+_backward = folding(partitioned(hopper.backward, hopper.is_interpreting), differentiates=True)
 
 
 def attend_cache(problem: spec.Problem, operands: spec.Operands) -> Any:

@@ -18,7 +18,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxflash.folding import Function
-from pallas_kernels import mosaic, spec
+from pallas_kernels import spec
 
 # What each axis is divided by: batch, query heads, key heads, or nothing.
 _OPERANDS = {
@@ -120,8 +120,8 @@ def divided_as_typed(
     return run(jax.tree.map(jax.sharding.reshard, operands, parts))
 
 
-def partitioned(function: Function) -> Function:
-    """``function`` with a rule for sharded operands."""
+def partitioned(function: Function, has_effects: Callable[[], bool] = lambda: False) -> Function:
+    """``function`` with a rule for sharded operands, unless it has effects (interpreted)."""
     rule = _rule(function)
 
     def run(problem: spec.Problem, operands: spec.Operands, *rest: jax.Array) -> Any:
@@ -129,7 +129,7 @@ def partitioned(function: Function) -> Function:
             jax.device_count() == 1
             or jax.sharding.get_abstract_mesh().manual_axes
             or operands.page_table is not None  # pages belong to no batch element
-            or mosaic.is_interpreting()  # which has effects
+            or has_effects()
         )
         return (function if is_direct else rule)(problem, operands, *rest)
 

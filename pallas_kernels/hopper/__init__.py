@@ -5,6 +5,7 @@ from pallas_kernels.hopper.backward_kernel import BackwardConfig
 from pallas_kernels.hopper.config import Config
 from pallas_kernels.hopper.decode import decode, decode_config, supports_decode
 from pallas_kernels.hopper.forward import forward, supports
+from pallas_kernels.mosaic import is_interpreting
 
 __all__ = [
     "BackwardConfig",
@@ -13,6 +14,7 @@ __all__ = [
     "decode",
     "decode_config",
     "forward",
+    "is_interpreting",
     "supports",
     "supports_backward",
     "supports_decode",
