@@ -13,19 +13,7 @@ from pallas_kernels import spec
 # of arrays with a first axis of the batch, or with the shapes of operands that have none.
 Function = Callable[..., Any]
 
-# Operands whose first axis is the batch. In bias and mask it may have size 1.
-_BY_BATCH = (
-    "query",
-    "key",
-    "value",
-    "bias",
-    "mask",
-    "query_lengths",
-    "key_value_lengths",
-    "query_offset",
-    "query_segment_ids",
-    "key_value_segment_ids",
-)
+_BY_BATCH = [name for name, axes in spec.AXES.items() if axes.startswith("b")]
 
 
 def folding(function: Function, *, differentiates: bool = False) -> Function:
@@ -61,9 +49,7 @@ def folding(function: Function, *, differentiates: bool = False) -> Function:
 
 
 def _folds(problem: spec.Problem, is_mapped: spec.Operands, differentiates: bool) -> bool:
-    if problem.score_mod or problem.mask_mod or problem.dropout_rate > 0:
-        return False
-    if problem.operands.page_table is not None:
+    if problem.asks_for_numbers or problem.operands.page_table is not None:
         return False
     others = set(is_mapped._fields) - set(_BY_BATCH)
     if differentiates and jax.tree.leaves([getattr(problem.operands, n) for n in others]):

@@ -20,12 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxflash.folding import Function
 from pallas_kernels import spec
 
-# What each axis is divided by: batch, query heads, key heads, or nothing.
-_OPERANDS = {
-    "query": "b.n.", "key": "b.k.", "value": "b.k.", "bias": "bn..", "mask": "bn..",
-    "query_lengths": "b", "key_value_lengths": "b", "query_offset": "b",
-    "query_segment_ids": "b.", "key_value_segment_ids": "b.", "alibi_slopes": "n", "sinks": "n",
-}  # fmt: skip
+# Axes of results, as `spec.AXES` has those of operands.
 _OUTPUT, _LSE = "b.n.", "b.n"
 
 
@@ -38,7 +33,7 @@ class _Split(NamedTuple):
     @classmethod
     def of(cls, problem: spec.Problem, mesh: Any, query: PartitionSpec) -> "_Split":
         """As the query is, where that can be kept."""
-        if problem.score_mod or problem.mask_mod or problem.dropout_rate > 0:
+        if problem.asks_for_numbers:
             return cls((), ())
         batch, _, heads, _ = (_names(axis) for axis in query)
 
@@ -68,28 +63,14 @@ def described(problem: spec.Problem, query: Any) -> str | None:
     batch = tuple(name for axis in leading for name in axis)
     split = _Split.of(problem, sharding.mesh, PartitionSpec(batch, None, heads, None))
 
-    def listed(parts: dict[str, tuple[str, ...]]) -> str:
-        return ", ".join(
-            f"{part} over {' and '.join(names)}" for part, names in parts.items() if names
-        )
-
-    kept = listed({"batch": split.batch, "heads": split.heads})
-    gathered = listed(
-        {
-            "batch": batch if not split.batch else (),
-            "heads": heads if not split.heads else (),
-            "tokens": rows,
-            "head dim": columns,
-        }
-    )
-    return (
-        "; ".join(
-            f"{what}: {parts}"
-            for what, parts in (("divided", kept), ("gathered", gathered))
-            if parts
-        )
-        or None
-    )
+    divided = {"batch": split.batch, "heads": split.heads}
+    given = {"batch": batch, "heads": heads, "tokens": rows, "head dim": columns}
+    gathered = {part: names for part, names in given.items() if not divided.get(part)}
+    lines = []
+    for what, parts in (("divided", divided), ("gathered", gathered)):
+        over = [f"{part} over {' and '.join(names)}" for part, names in parts.items() if names]
+        lines += [f"{what}: {', '.join(over)}"] if over else []
+    return "; ".join(lines) or None
 
 
 Attention = Callable[[spec.Problem, spec.Operands], tuple[jax.Array, jax.Array]]
@@ -172,9 +153,9 @@ def _propagation(
     problem: spec.Problem, _: Mesh, arguments: Sequence[Any], results: Sequence[Any]
 ) -> str:
     """Which axes are sharded alike, as an einsum of factors."""
-    operands = _roles_of_arguments(problem.operands)[0]
-    leaves = list(zip(jax.tree.leaves(operands), jax.tree.leaves(problem.operands), strict=True))
-    rest = [_OUTPUT if len(x.shape) == len(_OUTPUT) else _LSE for x in arguments[len(leaves) :]]
+    given = jax.tree.leaves(problem.operands)
+    operands, *rest = _roles_of_arguments(problem.operands, *arguments[len(given) :])
+    leaves = list(zip(jax.tree.leaves(operands), given, strict=True))
     if rest:  # gradients: of some of the operands, in their order
         of_results, candidates = [], iter(leaves)
         for result in results:
@@ -196,7 +177,7 @@ def _roles_of_arguments(operands: spec.Operands, *rest: Any) -> tuple[Any, ...]:
     """For each array a letter for each axis."""
 
     def of_operand(name: str) -> Any:
-        roles = _OPERANDS.get(name)
+        roles = spec.AXES.get(name)
         return jax.tree.map(lambda x: _of_axes(roles, x.shape), getattr(operands, name))
 
     others = (_OUTPUT if len(x.shape) == len(_OUTPUT) else _LSE for x in rest)

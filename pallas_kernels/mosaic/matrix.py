@@ -73,7 +73,7 @@ class Form(NamedTuple):
 
     @classmethod
     def of(cls, rows: int, columns: int, *, dividing: int = 0) -> Form:
-        """In strips as wide as can be, whose widths divide a number."""
+        """In strips as wide as can be, of widths that divide a number; all divide 0."""
         found, rest = [], columns
         for width in (w for w in _WIDTHS if dividing % w == 0):
             found += [Piece(rest // width, rows, width)] if rest >= width else []

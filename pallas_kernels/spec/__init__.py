@@ -4,6 +4,7 @@ from pallas_kernels.spec import dropout, mask, score, softmax
 from pallas_kernels.spec.band import Band
 from pallas_kernels.spec.blocks import Tiles, coverage, visible_tiles
 from pallas_kernels.spec.problem import (
+    AXES,
     Device,
     ElementFunction,
     Operands,
@@ -14,6 +15,7 @@ from pallas_kernels.spec.problem import (
 from pallas_kernels.spec.tile import ScoreParameters, Tile, tile_of, window_of
 
 __all__ = [
+    "AXES",
     "Band",
     "Device",
     "ElementFunction",

@@ -49,6 +49,16 @@ class Operands(NamedTuple):
     page_table: Any = None  # [B, M] int32: where pages of keys and values are; of native kernels
 
 
+# Axes of the operands that calls can be folded or divided along: b batch, n query heads, k key
+# heads. In bias and mask they may have size 1. Those left out have none, and in pages keys and
+# values belong to no batch element.
+AXES = {
+    "query": "b.n.", "key": "b.k.", "value": "b.k.", "bias": "bn..", "mask": "bn..",
+    "query_lengths": "b", "key_value_lengths": "b", "query_offset": "b",
+    "query_segment_ids": "b.", "key_value_segment_ids": "b.", "alibi_slopes": "n", "sinks": "n",
+}  # fmt: skip
+
+
 def gradients(operands: Operands, found: Operands) -> Operands:
     """Gradients in the dtypes of the operands; None for those that have none."""
 
@@ -197,6 +207,11 @@ class Problem:
         """The same problem of other arrays."""
         structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), operands)
         return dataclasses.replace(self, operands=structs)
+
+    @property
+    def asks_for_numbers(self) -> bool:
+        """Whether a function or dropout depends on which batch element and head it is for."""
+        return bool(self.score_mod or self.mask_mod or self.dropout_rate > 0)
 
     @property
     def B(self) -> int:
