@@ -19,6 +19,8 @@ TABLES: dict[str, tuple[str, str]] = {
     "decode": ("bench.decode", "new tokens against a cache, contiguous and in pages: TB/s"),
     "train": ("bench.train", "loss curves of a transformer with a kernel and with the reference"),
     "portable": ("bench.portable", "the Triton kernels against torch's, with every configuration"),
+    "fp8": ("bench.fp8", "the forward in 8-bit floating point, against cuDNN's and bfloat16"),
+    "accuracy": ("bench.accuracy", "error against float64 by precision, with and without outliers"),
     "throughput": ("bench.throughput", "training of Llama 2: samples a second by attention"),
     "generation": ("bench.generation", "tokens a second of Llama 2 7B and GPT models, batch 1"),
     "serving": ("bench.serving", "continuous batching: users and tokens a second with pages"),

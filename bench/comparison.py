@@ -62,7 +62,8 @@ def run(table: Table, argv: Sequence[str] | None) -> int:
         for heading in table.problems
         if not options.only or any(word.lower() in heading.lower() for word in options.only)
     ]
-    compiler, clock = Compiler(), device_clock(device)
+    processes = results.usable_cores() - 2 if device.platform == "gpu" else 0
+    compiler, clock = Compiler(processes=processes), device_clock(device)
     sources = [p for p in (table.problems, table.base) if p is not None]
     asked = list(dict.fromkeys(p for h in chosen for source in sources for p in source[h]))
     waiting = {problem: _submit(compiler, problem, device) for problem in asked}
@@ -96,7 +97,7 @@ def _submit(compiler: Compiler, problem: Problem, device: jax.Device) -> dict[st
             refusals[name] = reason or "cannot be called"
         else:
             functions[name] = functools.partial(problem.call, implementation.call)
-    return refusals | submit(compiler, problem, functions)
+    return refusals | submit(compiler, problem, functions, apart=(OURS,))
 
 
 def _cells(problem: Problem, submitted: dict[str, Any], clock: Clock, repeats: int) -> list[Cell]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent import futures
 from typing import Any
 
@@ -186,16 +186,23 @@ def common() -> dict[str, list[Problem]]:
 
 
 def submit(
-    compiler: Compiler, problem: Problem, functions: Mapping[str, Callable[..., Any]]
+    compiler: Compiler,
+    problem: Problem,
+    functions: Mapping[str, Callable[..., Any]],
+    apart: Collection[str] = (),
 ) -> dict[str, futures.Future[jax.stages.Compiled] | str]:
-    """Programs on their way, and the reference's; a refusal at trace time is its reason."""
+    """Programs on their way, and the reference's; a refusal at trace time is its reason.
+
+    Those named in ``apart`` are traced in other processes, as the reference is.
+    """
     structs = (jax.eval_shape(problem.arrays), *_structs(problem))
     found: dict[str, futures.Future[jax.stages.Compiled] | str] = {
-        _EXPECTED: compiler.submit(problem.expected, *structs, is_timed=False)
+        _EXPECTED: compiler.submit_apart(problem.expected, *structs, is_timed=False)
     }
     for name, function in functions.items():
+        submit_one = compiler.submit_apart if name in apart else compiler.submit
         try:
-            found[name] = compiler.submit(function, *structs)
+            found[name] = submit_one(function, *structs)
         except (ValueError, NotImplementedError) as error:
             found[name] = first_line(error)
     return found
@@ -217,7 +224,7 @@ def measure(
             try:
                 program = Program(future.result(), inputs)
                 reason = problem.fault(program(), expected)
-            except jax.errors.JaxRuntimeError as error:
+            except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
                 reason = first_line(error)
         if reason is None:
             programs[name] = program

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent import futures
@@ -79,10 +81,16 @@ def compile_program(function: Callable[..., Any], args: tuple[Any, ...]) -> Prog
 
 
 class Compiler:
-    """Compiles in other threads while this one goes on to lower the next function."""
+    """Compiles in other threads while this one goes on to lower the next function.
 
-    def __init__(self) -> None:
+    Tracing a kernel takes longer than compiling it, and a process traces one at a time: with
+    ``processes`` there are others for functions that can be pickled.
+    """
+
+    def __init__(self, *, processes: int = 0) -> None:
         self._threads = futures.ThreadPoolExecutor(max(1, results.usable_cores() - 2))
+        self._processes = _tracers(processes) if processes else None
+        self._lowering = threading.Lock()
 
     def submit(
         self,
@@ -95,9 +103,51 @@ class Compiler:
 
         What is not timed is compiled without a search for the fastest products.
         """
-        options: Any = None if is_timed else {"xla_gpu_autotune_level": 0}
-        lowered = jax.jit(function, donate_argnums=donated).lower(*args)
-        return self._threads.submit(lowered.compile, compiler_options=options)
+        with self._lowering:
+            lowered = jax.jit(function, donate_argnums=donated).lower(*args)
+        return self._threads.submit(lowered.compile, compiler_options=_options(is_timed))
+
+    def submit_apart(
+        self, function: Callable[..., Any], *structs: Any, is_timed: bool = True
+    ) -> futures.Future[jax.stages.Compiled]:
+        """Traces in another process, if there are any; what fails there fails in the result."""
+        if self._processes is None:
+            return self.submit(function, *structs, is_timed=is_timed)
+        device = jax.devices()[0]
+        traced = self._processes.submit(_export, function, structs, device.device_kind)
+
+        def finish() -> jax.stages.Compiled:
+            restored = jax.export.deserialize(traced.result())
+            with self._lowering:
+                lowered = jax.jit(restored.call).lower(*structs)
+            return lowered.compile(compiler_options=_options(is_timed))
+
+        return self._threads.submit(finish)
+
+
+def _options(is_timed: bool) -> Any:
+    return None if is_timed else {"xla_gpu_autotune_level": 0}
+
+
+def _tracers(processes: int) -> futures.ProcessPoolExecutor:
+    """Processes that trace on the CPU."""
+    return futures.ProcessPoolExecutor(
+        processes,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_leave_gpu_alone,
+    )
+
+
+def _leave_gpu_alone() -> None:
+    jax.config.update("jax_platforms", "cpu")
+
+
+def _export(function: Callable[..., Any], structs: Any, device_kind: str) -> bytearray:
+    """A function lowered for a kind of GPU, in bytes."""
+    device = jax.sharding.AbstractDevice(device_kind, None, "gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("device",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.export.export(jax.jit(function), platforms=["cuda"])(*structs).serialize()
 
 
 def wall_clock(method: str = WALL) -> Clock:

@@ -9,6 +9,7 @@ from jaxflash.dispatch import Explanation
 from jaxflash.inference import decode_attention, paged_attention
 from jaxflash.modules.rope import Rope
 from jaxflash.parallel import ring_attention, stripe, ulysses_attention, unstripe
+from jaxflash.quantization import QuantizedArray, quantize
 from jaxflash.vjp import CHECKPOINT_NAMES
 
 __version__ = "0.1.0"
@@ -20,12 +21,14 @@ __all__ = [
     "OutOfPages",
     "PageAllocator",
     "PagedKVCache",
+    "QuantizedArray",
     "Rope",
     "decode_attention",
     "dot_product_attention",
     "explain",
     "merge",
     "paged_attention",
+    "quantize",
     "ring_attention",
     "stripe",
     "ulysses_attention",

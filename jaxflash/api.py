@@ -8,6 +8,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int32, Shaped
 
 from jaxflash import checks, dispatch, partitioning, vjp
 from jaxflash.arguments import canonicalize
+from jaxflash.quantization import QuantizedArray
 from pallas_kernels import spec
 
 ScoreMod = Callable[[Any, Any, Any, Any, Any], Any]
@@ -16,9 +17,9 @@ Implementation = Literal["hopper", "triton", "xla", "reference"]
 
 
 def dot_product_attention(
-    query: Float[ArrayLike, "*B T N H"],
-    key: Float[ArrayLike, "*B S K H"],
-    value: Float[ArrayLike, "*B S K Hv"],
+    query: Float[ArrayLike, "*B T N H"] | QuantizedArray,
+    key: Float[ArrayLike, "*B S K H"] | QuantizedArray,
+    value: Float[ArrayLike, "*B S K Hv"] | QuantizedArray,
     bias: Float[ArrayLike, "..."] | None = None,
     mask: Bool[ArrayLike, "..."] | None = None,
     *,
@@ -60,6 +61,7 @@ def dot_product_attention(
 
     Args:
       query: ``[*B, T, N, H]``, any number of batch axes; bfloat16, float16, float32 or float64.
+        Like key and value, it may be what `quantize` returns: the output is then bfloat16.
       key: ``[*B, S, K, H]``; K divides N, each key-value head serves N // K query heads.
       value: ``[*B, S, K, Hv]``.
       bias: floating, broadcastable to ``[*B, N, T, S]``; added to the scaled logits. Its gradient
@@ -94,7 +96,9 @@ def dot_product_attention(
       dropout_key: a key of ``jax.random``; required when the rate is positive.
       broadcast_dropout: one mask, that of (position, key index), for all batch elements and heads.
       precision: of the matrix products, a ``jax.lax.Precision`` or its name. None is JAX's default,
-        which multiplies float32 in TF32 on recent NVIDIA GPUs.
+        which multiplies float32 in TF32 on recent NVIDIA GPUs. "fp8": query, key and value are
+        rounded as `quantize` does by block; gradients are straight-through, those of the arrays
+        that were given, from the output and the lse of the rounded ones.
       deterministic: bitwise equal gradients from run to run, whatever that costs.
 
     Returns:

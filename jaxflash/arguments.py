@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxflash import checks
+from jaxflash import checks, quantization
 from jaxflash.device import target
 from pallas_kernels import spec
 
@@ -55,9 +55,7 @@ def canonicalize(
     logits = (*batch, N, query.shape[-3], key.shape[-3])
     segments = _segments(query_segment_ids, key_value_segment_ids, batch, logits)
     operands = spec.Operands(
-        query=_flat(query, batch),
-        key=_flat(key, batch),
-        value=_flat(value, batch),
+        **quantization.operands(query, key, value),
         bias=_bias(bias, logits),
         mask=_mask(mask, logits),
         query_lengths=_integers("query_seq_lengths", query_seq_lengths, batch, "[*B]", batch),

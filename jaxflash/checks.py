@@ -10,12 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.spec.quantization import FP8
+
 FLOATS = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)))
 PAGE_SIZES = (16, 32, 64, 128, 256)
 
 
 def as_array(name: str, x: Any) -> Any:
-    """``x`` as an array."""
+    """``x`` as an array; quantised ones stay what they are."""
+    if hasattr(x, "dequantize"):
+        return x
     is_number_or_list = isinstance(x, Sequence | numbers.Number) and not isinstance(x, str)
     is_array = hasattr(x, "dtype") or hasattr(x, "__jax_array__")
     if not is_array and not is_number_or_list:
@@ -190,16 +194,16 @@ def element_result(name: str, result: Any, kind: Any, remedy: str) -> None:
         raise TypeError(f"{name} must return {remedy}; got {result[0].dtype}")
 
 
-def precision(x: Any) -> jax.lax.Precision | None:
-    """A jax.lax.Precision, or None."""
-    if x is None or isinstance(x, jax.lax.Precision):
+def precision(x: Any) -> Any:
+    """A jax.lax.Precision, "fp8", or None."""
+    if x is None or isinstance(x, jax.lax.Precision) or x == FP8:
         return x
     try:
         return jax.lax.Precision(x)
     except ValueError as error:
         raise ValueError(
-            "precision must be None, a jax.lax.Precision or one of 'default', 'high', 'highest'; "
-            f"got {x!r}"
+            "precision must be None, a jax.lax.Precision, or one of 'default', 'high', 'highest', "
+            f"{FP8!r}; got {x!r}"
         ) from error
 
 

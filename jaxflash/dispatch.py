@@ -7,6 +7,7 @@ import jax
 
 from jaxflash import native, portable, reference, xla
 from jaxflash.gathering import gathering
+from jaxflash.quantization import emulating
 from pallas_kernels import hopper, spec
 
 Results = tuple[jax.Array, jax.Array]
@@ -30,8 +31,8 @@ class Backend(NamedTuple):
 BACKENDS = (
     Backend("hopper", hopper.supports, native.forward, native.backward),
     Backend("triton", portable.supports, portable.forward, portable.backward),
-    Backend("xla", xla.supports, xla.forward, xla.backward),
-    Backend("reference", reference.supports, reference.forward, None),
+    Backend("xla", xla.supports, emulating(xla.forward), xla.backward),
+    Backend("reference", reference.supports, emulating(reference.forward), None),
 )
 
 # The same for attention of new tokens to a cache, whose keys and values may be in pages.

@@ -8,10 +8,17 @@ import jax
 from jaxflash import tuning, xla
 from jaxflash.folding import folding
 from jaxflash.partitioning import partitioned
+from jaxflash.quantization import lowered
 from jaxflash.varying import varying_like
 from pallas_kernels import hopper, spec
 
-forward = folding(partitioned(tuning.hopper_forward, hopper.is_interpreting))
+
+def _forward(problem: spec.Problem, operands: spec.Operands) -> Any:
+    out, lse = tuning.hopper_forward(*lowered(problem, operands, by_kernel=True))
+    return out.astype(problem.dtype), lse
+
+
+forward = folding(partitioned(_forward, hopper.is_interpreting))
 _decode = folding(partitioned(hopper.decode, hopper.is_interpreting))
 _backward = folding(partitioned(hopper.backward, hopper.is_interpreting), differentiates=True)
 

@@ -106,15 +106,16 @@ def partitioned(function: Function, has_effects: Callable[[], bool] = lambda: Fa
     rule = _rule(function)
 
     def run(problem: spec.Problem, operands: spec.Operands, *rest: jax.Array) -> Any:
-        is_direct = (
-            jax.device_count() == 1
-            or jax.sharding.get_abstract_mesh().manual_axes
-            or operands.page_table is not None  # pages belong to no batch element
-            or has_effects()
-        )
+        # Pages belong to no batch element.
+        is_direct = is_local() or operands.page_table is not None or has_effects()
         return (function if is_direct else rule)(problem, operands, *rest)
 
     return run
+
+
+def is_local() -> bool:
+    """Whether what is traced is for one device, as far as it is known."""
+    return jax.device_count() == 1 or bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from jaxflash.dispatch import Backend
 from jaxflash.partitioning import divided_as_typed
 from jaxflash.varying import varying_like
 from pallas_kernels import spec
+from pallas_kernels.spec.quantization import FP8
 
 # A jax.checkpoint policy that saves these names runs no forward kernel a second time.
 CHECKPOINT_NAMES = ("jaxflash_out", "jaxflash_lse")
@@ -51,9 +52,13 @@ def _forward(backend: Backend, problem: spec.Problem, primals: spec.Operands) ->
     operands, perturbed = (
         jax.tree.map(operator.attrgetter(name), primals) for name in ("value", "perturbed")
     )
-    names = (
+    names = [
         name for name in perturbed._fields if not any(jax.tree.leaves(getattr(perturbed, name)))
-    )
+    ]
+    if operands.is_quantized and len(names) < len(operands):
+        raise TypeError(
+            "quantised arrays have no gradients: pass 16-bit arrays and precision='fp8' instead"
+        )
     results = backend.forward(problem, operands)
     out, lse = (checkpoint_name(x, n) for x, n in zip(results, CHECKPOINT_NAMES, strict=True))
     return (out, lse), (operands, out, lse, _Constant(frozenset(names)))
@@ -64,7 +69,9 @@ def _backward(
 ) -> tuple[spec.Operands]:
     assert backend.backward is not None
     operands, out, lse, constant = residuals
-    problem = dataclasses.replace(problem, constant=constant.names)
+    # Products of 8 bits are for the forward: gradients are those of the operands before.
+    precision = None if problem.precision == FP8 else problem.precision
+    problem = dataclasses.replace(problem, constant=constant.names, precision=precision)
     dout, dlse = (
         varying_like(operands, jnp.zeros(x.shape, x.dtype)) if isinstance(ct, SymbolicZero) else ct
         for x, ct in zip((out, lse), cotangents, strict=True)

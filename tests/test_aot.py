@@ -110,6 +110,39 @@ def test_hopper_forward_compiles_without_spills(name: str) -> None:
     _assert_fast(kernel, spilled=80 if cleans else 0)
 
 
+@needs_compiler
+@pytest.mark.parametrize(
+    ("head_dim", "length", "options"),
+    [
+        (64, 4096, {}),
+        (64, 1024, {"is_causal": True}),
+        (128, 4096, {}),
+        (128, 4095, {"is_causal": True}),
+        (256, 4096, {}),
+        (256, 4096, {"is_causal": True}),
+        (128, 4096, {"is_causal": True, "local_window_size": (512, 0)}),
+        (128, 4096, {"is_causal": True, "logits_soft_cap": 30.0}),
+        (80, 4096, {}),
+    ],
+    ids=str,
+)
+def test_fp8_compiles_without_spills(head_dim: int, length: int, options: dict[str, Any]) -> None:
+    fn = functools.partial(
+        jaxflash.dot_product_attention, **options, precision="fp8", implementation="hopper"
+    )
+    kernels = aot.compile_for(fn, *(_bf16(1, length, 4, head_dim),) * 3, gpu="h100").kernels
+    *quantize, forward = kernels
+    assert forward.name == "forward_kernel"
+    _assert_fast(forward)
+    if forward.instructions is not None:
+        assert forward.count("QGMMA") > 0
+        assert forward.count("HGMMA") == 0
+    # That of queries and keys is one; head dims that 64 does not divide are rounded by XLA.
+    assert [x.name for x in quantize] == ["quantize_kernel"] * (0 if head_dim % 64 else 2)
+    for kernel in quantize:
+        _assert_fast(kernel)
+
+
 class _Gradient(NamedTuple):
     """A backward: head dims, length, heads of the keys, options."""
 

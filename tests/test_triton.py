@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from jaxflash.arguments import canonicalize
 from pallas_kernels import spec, triton
 from pallas_kernels.triton import config
 from pallas_kernels.triton.decode import choose_splits
+from tests import oracle
 from tests.test_conformance import running
 
 
@@ -108,28 +110,35 @@ def test_inside_shard_map() -> None:
     The interpreter cannot run with check_vma; test_aot compiles that.
     """
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("head",))
-    query, key, value = (_call()[1].query,) * 3
+    by_head = P(None, None, "head")
+    given = _call()[1].query
     bias = jnp.linspace(0, 1, 90 * 90).reshape(1, 1, 90, 90)
 
-    def loss(bias: jax.Array, implementation: Any, is_sharded: bool) -> jax.Array:
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> jax.Array:
-            return jaxflash.dot_product_attention(q, k, v, bias, implementation=implementation)
+    def gradient(attend: Any, dtype: Any) -> jax.Array:
+        def loss(bias: jax.Array) -> jax.Array:
+            out = attend(*(given.astype(dtype),) * 3, bias)
+            return jnp.sum(jnp.sin(out.astype(jnp.float32)))
 
-        by_head = P(None, None, "head")
-        sharded = jax.shard_map(
-            attend,
-            mesh=mesh,
-            in_specs=(by_head, by_head, by_head, P()),
-            out_specs=by_head,
-            check_vma=False,
-        )
-        out = (sharded if is_sharded else attend)(query, key, value, bias)
-        return jnp.sum(jnp.sin(out.astype(jnp.float32)))
+        return jax.jit(jax.grad(loss))(bias)
 
+    def by_reference(compute_dtype: Any) -> Any:
+        attention = oracle.reference_in(compute_dtype)
+        return lambda *arrays: attention(*arrays)[0]
+
+    sharded = jax.shard_map(
+        functools.partial(jaxflash.dot_product_attention, implementation="triton"),
+        mesh=mesh,
+        in_specs=(by_head, by_head, by_head, P()),
+        out_specs=by_head,
+        check_vma=False,
+    )
     with running("triton"):
-        found = jax.jit(jax.grad(lambda b: loss(b, "triton", True)))(bias)
-    want = jax.grad(lambda b: loss(b, "reference", False))(bias)
-    np.testing.assert_allclose(found, want, atol=0.02)
+        found = gradient(sharded, jnp.bfloat16)
+    attained, truth = (
+        gradient(by_reference(of), dtype)
+        for of, dtype in ((jnp.bfloat16, jnp.bfloat16), (None, jnp.float32))
+    )
+    oracle.check_array("bias", *map(np.asarray, (found, attained, truth)), jnp.bfloat16)
 
 
 def test_refusals() -> None:

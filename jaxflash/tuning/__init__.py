@@ -52,7 +52,7 @@ def hopper_config(problem: spec.Problem) -> hopper.Config:
     rows = [r for r in table(_gpu(problem.device)) if r["mask"] == kind.mask]
     head_dims = [r["head_dim"] for r in rows if r["head_dim"] >= kind.head_dim]
     # Measured where both head dims are the same: one that is much smaller leaves room for more.
-    if not head_dims or problem.Hv <= 128 < problem.H:
+    if not head_dims or problem.Hv <= 128 < problem.H or problem.operands.is_quantized:
         return hopper.Config.default(problem)
     rows = [r for r in rows if r["head_dim"] == min(head_dims)]
     row = min(rows, key=lambda r: abs(math.log(r["length"] / max(kind.length, 1))))

@@ -12,6 +12,14 @@ _MAX_TOKENS = 16  # that are decoded at once
 def refused(problem: spec.Problem) -> str | None:
     """Why a forward is not for kernels, or None."""
     p = problem
+    if p.is_in_8_bits:
+        return "multiplies no 8-bit floating point"
+    return refused_in_any_precision(p)
+
+
+def refused_in_any_precision(problem: spec.Problem) -> str | None:
+    """The same, leaving aside that elements may have 8 bits."""
+    p = problem
     if p.dtype not in (jnp.bfloat16, jnp.float16):
         return f"multiplies bfloat16 and float16; got {p.dtype}"
     if max(p.H, p.Hv) > _MAX_HEAD_DIM:

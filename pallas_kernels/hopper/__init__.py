@@ -5,6 +5,7 @@ from pallas_kernels.hopper.backward_kernel import BackwardConfig
 from pallas_kernels.hopper.config import Config
 from pallas_kernels.hopper.decode import decode, decode_config, supports_decode
 from pallas_kernels.hopper.forward import forward, supports
+from pallas_kernels.hopper.quantize import quantize, supports_quantize
 from pallas_kernels.mosaic import is_interpreting
 
 __all__ = [
@@ -15,7 +16,9 @@ __all__ = [
     "decode_config",
     "forward",
     "is_interpreting",
+    "quantize",
     "supports",
     "supports_backward",
     "supports_decode",
+    "supports_quantize",
 ]

@@ -1,6 +1,7 @@
 """Sizes of tiles and rings, and what of a multiprocessor they take."""
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 from pallas_kernels import mosaic, spec
@@ -16,6 +17,7 @@ REGISTERS = {
 }
 _SMEM_BYTES = 227 * 1024
 _SMEM_REST = 2304  # numbers and barriers; each buffer starts at a multiple of 1024
+_SMEM_SCALES = 2048  # of elements of 8 bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,17 +55,26 @@ class Config:
             return large if fits else cls(block_kv=64, q_stages=1)
         return cls(stages=4 if wide <= 64 else 2, late_wait=modifies(problem))
 
-    def smem_bytes(self, H: int, Hv: int, staged: int) -> int:
-        """Of rings, and of staging for so many columns of O, for 16-bit elements."""
-        k_columns = mosaic.Form.of(self.block_kv, H).columns
-        v_columns = mosaic.Form.in_one_piece(self.block_kv, Hv).columns
-        rows = self.q_stages * self.block_q * k_columns + self.block_q * staged
-        return 2 * (rows + self.stages * self.block_kv * (k_columns + v_columns))
+    def values(self, Hv: int, itemsize: int) -> mosaic.Form:
+        """Of a tile of V; with elements of 8 bits it is turned."""
+        if itemsize == 1:
+            width = math.gcd(self.block_kv, 128)
+            return mosaic.Form.in_strips(Hv, 0, width, self.block_kv // width)
+        return mosaic.Form.in_one_piece(self.block_kv, Hv)
 
-    def staging(self, H: int, Hv: int) -> "Staging | None":
+    def smem_bytes(self, H: int, Hv: int, staged: int, itemsize: int) -> int:
+        """Of rings, and of staging for so many columns of O, which have 16 bits."""
+        of_row = mosaic.Form.of(self.block_kv, H, itemsize=itemsize).columns
+        keys = self.block_kv * of_row + sum(map(math.prod, self.values(Hv, itemsize).pieces))
+        inputs = self.q_stages * self.block_q * of_row + self.stages * keys
+        return itemsize * inputs + 2 * self.block_q * staged
+
+    def staging(self, H: int, Hv: int, itemsize: int = 2) -> "Staging | None":
         """As much of a row of O as shared memory has room for; None if it has none."""
         for staging in Staging.of(Hv):
-            if self.smem_bytes(H, Hv, staging.form.columns) + _SMEM_REST <= _SMEM_BYTES:
+            needed = self.smem_bytes(H, Hv, staging.form.columns, itemsize) + _SMEM_REST
+            needed += _SMEM_SCALES if itemsize == 1 else 0
+            if needed <= _SMEM_BYTES:
                 return staging
         return None
 

@@ -11,10 +11,11 @@ Shared memory of a block:
 
     q_smem    [q_stages, consumers, 64, H]      filled by the producer
     k_smem    [stages, block_kv, H]             filled by the producer
-    v_smem    [stages, block_kv, Hv]            filled by the producer
+    v_smem    [stages, block_kv, Hv]            filled by the producer; of 8 bits: turned
     out_smem  [consumers, 64, staging.columns]  on its way out
     tile_smem [q_stages] int32                  which tile of queries comes next
 
+Elements of 8 bits have scales (section 3.3), which the producer passes on with each tile.
 Each stage has a barrier that says it is full, and one that says every consumer is done with it.
 The producer's side is in `producer`, a visit's softmax in `softmax`.
 """
@@ -34,9 +35,9 @@ from pallas_kernels.common.schedule import Schedule, Work, largest_divisor
 from pallas_kernels.hopper import gpu
 from pallas_kernels.hopper import tile as tiles
 from pallas_kernels.hopper.config import ROWS, Config
-from pallas_kernels.hopper.kernel import Forms, Forward, divide
+from pallas_kernels.hopper.kernel import Forms, Forward, Scales, divide
 from pallas_kernels.hopper.producer import produce
-from pallas_kernels.hopper.softmax import Stats, Visit
+from pallas_kernels.hopper.softmax import Raised, Stats, Visit
 
 
 class Consumer(NamedTuple):
@@ -55,19 +56,26 @@ class Consumer(NamedTuple):
 
         return Visit.of(self.k, work, find, masked)
 
+    def raised(self, q_stage: Any, stage: Any) -> Raised | None:
+        """What the scales of a tile of Q and one of keys come to."""
+        r = self.k.refs
+        if r.scales is None:
+            return None
+        of_queries = r.q_scale_smem[q_stage, self.me]
+        return Raised(of_queries * r.kv_scale_smem[stage, 0], r.kv_scale_smem[stage, 1])
+
 
 class Carry(NamedTuple):
     """What a visit leaves to the next."""
 
     stats: Stats
-    p: jax.Array  # [64, block_kv], yet to be multiplied with its values
+    p: jax.Array  # [64, block_kv], a left operand, yet to be multiplied with its values
     o: tuple[jax.Array, ...]  # pieces of [64, Hv] float32, not normalised
 
     @classmethod
     def first(cls, k: Forward, stats: Stats, p: jax.Array) -> "Carry":
-        pieces = k.forms.v.pieces
-        o = tuple(mosaic.full((ROWS, piece.columns), 0, jnp.float32) for piece in pieces)
-        return cls(stats, p.astype(k.problem.dtype), o)
+        o = tuple(mosaic.full((ROWS, n), 0, jnp.float32) for n in k.output_columns())
+        return cls(stats, p, o)
 
 
 def consume(k: Forward) -> None:
@@ -110,11 +118,13 @@ def begin(c: Consumer, work: Work, round_: Any, step: Any, exists: Any = True) -
     stage = lax.rem(step, k.config.stages)
     visit = c.visit(work, 0, k.masks)
     pl.when(exists)(lambda: mosaic.barrier_wait(r.k_full.at[stage]))
-    s = mosaic.settle(start_scores(c, lax.rem(round_, k.config.q_stages), stage))
+    q_stage = lax.rem(round_, k.config.q_stages)
+    raised = c.raised(q_stage, stage)
+    s = mosaic.settle(start_scores(c, q_stage, stage))
     pl.when(exists)(lambda: mosaic.barrier_arrive(r.k_free.at[stage]))
-    stats, _, p = visit.softmax(Stats.start(), s)
+    stats, _, p = visit.softmax(Stats.start(), s, raised)
     wait_early(k, exists & (k.walk(work).count > 1), step + 1)
-    return Carry.first(k, stats, p)
+    return Carry.first(k, stats, k.left_operand(p))
 
 
 def visit_rest(c: Consumer, work: Work, round_: Any, step: Any, carry: Carry) -> tuple[Carry, Any]:
@@ -130,16 +140,17 @@ def visit_rest(c: Consumer, work: Work, round_: Any, step: Any, carry: Carry) ->
             if not k.config.late_wait:
                 mosaic.barrier_wait(r.k_full.at[stage])
             mosaic.barrier_wait(r.v_full.at[before])
+            raised = c.raised(q_stage, stage)
             s, o = start_products(c, q_stage, stage, carry, before)
             mosaic.barrier_arrive(r.k_free.at[stage])
             visit = visit or c.visit(work, j, masked)
             # The barrier keeps ptxas from taking P for the product that is still running.
-            stats, decay, p = lax.optimization_barrier(visit.softmax(carry.stats, s))
+            stats, decay, p = lax.optimization_barrier(visit.softmax(carry.stats, s, raised))
             wait_early(k, j + 1 < walk.count, step + j + 1)
             o = settled(o)
             mosaic.barrier_arrive(r.v_free.at[before])
             o = tuple(x * mosaic.spread_rows(decay, x.shape) for x in o)
-            return Carry(stats, p.astype(k.problem.dtype), o)
+            return Carry(stats, k.left_operand(p), o)
 
         return one
 
@@ -164,13 +175,15 @@ def turn_overlapped(
     exists = tile < k.schedule.tiles
     pl.when(exists)(lambda: mosaic.barrier_wait(r.k_full.at[stage]))
     mosaic.barrier_wait(r.v_full.at[before])
-    s, o = start_products(c, lax.rem(round_, k.config.q_stages), stage, carry, before)
+    q_stage = lax.rem(round_, k.config.q_stages)
+    raised = c.raised(q_stage, stage)
+    s, o = start_products(c, q_stage, stage, carry, before)
     pl.when(exists)(lambda: mosaic.barrier_arrive(r.k_free.at[stage]))
-    stats, _, p = c.visit(following, 0, k.masks).softmax(Stats.start(), s)
+    stats, _, p = c.visit(following, 0, k.masks).softmax(Stats.start(), s, raised)
     stats, p = lax.optimization_barrier((stats, p))
     wait_early(k, exists & (k.walk(following).count > 1), step + 1)
     o = settled(o)
-    p = lax.optimization_barrier(p.astype(k.problem.dtype))  # frees registers
+    p = lax.optimization_barrier(k.left_operand(p))  # frees registers
     mosaic.barrier_arrive(r.v_free.at[before])
     store(c, work, o, factor)
     return tile, Carry.first(k, stats, p)
@@ -181,7 +194,7 @@ def turn_apart(c: Consumer, work: Work, round_: Any, step: Any, carry: Carry) ->
     k, r = c.k, c.k.refs
     before = lax.rem(step - 1, k.config.stages)
     mosaic.barrier_wait(r.v_full.at[before])
-    o = mosaic.start_columns(carry.p, r.v_smem.at(before), carry.o)
+    o = k.start_outputs(carry.p, before, carry.o)
     factor = finish(c, work, carry.stats)
     o = settled(o)
     mosaic.barrier_arrive(r.v_free.at[before])
@@ -196,7 +209,7 @@ def start_products(
     """Starts S = Q K^T and O += P V; returns S, and O, which still runs."""
     wait_turn(c)
     s = start_scores(c, q_stage, stage)
-    o = mosaic.start_columns(carry.p, c.k.refs.v_smem.at(before), carry.o)
+    o = c.k.start_outputs(carry.p, before, carry.o)
     pass_turn(c)
     return mosaic.settle(s, in_flight=len(o)), o
 
@@ -239,7 +252,10 @@ def finish(c: Consumer, work: Work, stats: Stats) -> jax.Array:
     row0 = c.row0(work)
     factor, lse = stats.finish(c.k, work, row0)
     mosaic.store(c.k.lse(work, pl.ds(row0, ROWS)), lse, optimized=False)
-    return factor
+    scales = c.k.refs.scales
+    if scales is None:
+        return factor
+    return factor * scales.out[work.batch, lax.div(work.head, c.k.problem.G)]
 
 
 def store(c: Consumer, work: Work, o: tuple[jax.Array, ...], factor: jax.Array) -> None:
@@ -325,13 +341,14 @@ def launch(
     p, forms = tiles.in_kernel(problem), Forms.of(problem, c)
     kv_blocks = pl.cdiv(p.S, c.block_kv)
     x = tiles.prepare(problem, operands, schedule.q_blocks * c.block_q, kv_blocks * c.block_kv)
-    x = forms.arrays(x)
+    scales, x = Scales.of(x), forms.arrays(x)
+    x = x._replace(query_scale=None, key_scale=None, value_scale=None)
     blocks = min(blocks or gpu.multiprocessors(problem.device), schedule.tiles)
-    leaves, tree = jax.tree.flatten((x, found))
+    leaves, tree = jax.tree.flatten((x, found, scales))
 
     def forward_kernel(*refs: mosaic.Ref) -> None:
-        x, found = jax.tree.unflatten(tree, refs[: len(leaves)])
-        k = kind(p, c, schedule, blocks, forms, forms.refs(x, found, *refs[len(leaves) :]))
+        given = jax.tree.unflatten(tree, refs[: len(leaves)])
+        k = kind(p, c, schedule, blocks, forms, forms.refs(given, *refs[len(leaves) :]))
         divide(c.consumers, k.hides_keys, lambda: consume(k), lambda: produce(k))
 
     call = mosaic.kernel(
@@ -340,7 +357,7 @@ def launch(
             jax.ShapeDtypeStruct(out_shape, p.dtype),
             jax.ShapeDtypeStruct(lse_shape, jnp.float32),
         ],
-        scratch_types=forms.scratch(c, p.dtype),
+        scratch_types=forms.scratch(c, p),
         grid={"block": blocks},
         threads=("warpgroup", c.consumers + 1),
         # No reduction crosses warps: a row is within one. And nothing needs the barriers of the
@@ -357,7 +374,7 @@ def _heads_at_once(p: spec.Problem) -> int:
     """Of how many heads the tiles are worked on together."""
     if p.band.is_unbounded:
         return 1
-    of_kv_head = p.S * (p.H + p.Hv) * p.dtype.itemsize
+    of_kv_head = p.S * (p.H + p.Hv) * p.operands.key.dtype.itemsize
     return largest_divisor(p.B * p.N, max(1, gpu.L2_BYTES // of_kv_head) * p.G)
 
 
@@ -366,4 +383,10 @@ def supports(problem: spec.Problem) -> str | None:
     p = problem
     if not (gpu.is_hopper(p.device) or mosaic.is_interpreting()):
         return f"needs a Hopper GPU (H100, H200); this device is {p.device.kind}"
-    return accepts.refused(p)
+    if not p.is_in_8_bits:
+        return accepts.refused(p)
+    if p.H % 16 or p.Hv % 16:
+        return f"multiplies 8-bit floating point of head dims that 16 divides; got {p.H=}, {p.Hv=}"
+    if p.operands.page_table is not None:
+        return "multiplies no 8-bit floating point of pages"
+    return accepts.refused_in_any_precision(p)

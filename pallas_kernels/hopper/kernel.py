@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
@@ -19,16 +20,49 @@ from pallas_kernels.hopper.config import REGISTERS, ROWS, Config, Staging, modif
 LOG2_E = math.log2(math.e)
 
 
+RANGE = 8.0  # log2 of what probabilities are multiplied by to be 8-bit numbers: 448 is the largest
+
+
+class Scales(NamedTuple):
+    """What 8-bit elements mean, as the kernel uses it."""
+
+    query: Any  # [B, blocks of T, N]
+    key: Any  # [B, blocks of S, K]
+    # By how much log2 of probabilities is raised: `RANGE`, less where a block of values has a
+    # smaller scale than the largest of its head.
+    shift: Any  # [B, blocks of S, K]
+    out: Any  # [B, K]: what sums of raised probabilities times values are multiplied by
+
+    @classmethod
+    def of(cls, x: spec.Operands) -> "Scales | None":
+        """From operands."""
+        if not x.is_quantized:
+            return None
+        largest = jnp.max(x.value_scale, axis=1)
+        # What is raised by less than -RANGE is zero as an 8-bit number.
+        shift = jnp.log2(x.value_scale / largest[:, None]) + RANGE
+        shift = jnp.maximum(shift, -8 * RANGE)
+        return cls(x.query_scale, x.key_scale, shift, largest * 2.0**-RANGE)
+
+
+def scale_at(scales: Any, batch: Any, token: Any, head: Any) -> Any:
+    """Of the block that a token is in, which may not exist: then of some block."""
+    blocks = scales.shape[1]
+    block = 0 if blocks == 1 else jnp.minimum(lax.div(token, spec.quantization.SCALED), blocks - 1)
+    return scales[batch, block, head]
+
+
 class Refs(NamedTuple):
     """Global memory, shared memory, barriers."""
 
     x: spec.Operands
     map: BlockMap | None
+    scales: Scales | None
     out_gmem: mosaic.Ref  # [B, T, N, Hv]
     lse_gmem: mosaic.Ref  # [B, N, T in whole tiles] float32
     q_smem: mosaic.Matrix  # [q_stages, consumers, 64, H]
     k_smem: mosaic.Matrix  # [stages, block_kv, H]
-    v_smem: mosaic.Matrix  # [stages, block_kv, Hv]
+    v_smem: mosaic.Matrix  # [stages, block_kv, Hv]; [stages, Hv, block_kv] of 8-bit elements
     out_smem: mosaic.Matrix  # [consumers, 64, columns of staging]
     tile_smem: mosaic.Ref  # [q_stages] int32: which tile of queries comes next
     ticket_smem: mosaic.Ref  # [1] int32: a number taken, the producer's own
@@ -40,6 +74,9 @@ class Refs(NamedTuple):
     v_free: mosaic.Ref
     v_raw: mosaic.Ref  # V has arrived, with rows in it that are to be zeroed
     turn: mosaic.Ref  # [consumers]: it is this one's turn to start its products
+    # Of 8-bit elements, float32.
+    q_scale_smem: mosaic.Ref = None  # [q_stages, consumers]
+    kv_scale_smem: mosaic.Ref = None  # [stages, 2]: of the keys; shift
 
 
 class Forms(NamedTuple):
@@ -53,45 +90,51 @@ class Forms(NamedTuple):
 
     @classmethod
     def of(cls, p: spec.Problem, c: Config) -> "Forms":
-        staging = c.staging(p.H, p.Hv)
+        itemsize = p.operands.query.dtype.itemsize
+        staging = c.staging(p.H, p.Hv, itemsize)
         assert staging is not None, f"{c} needs too much shared memory for {p.H=}, {p.Hv=}"
         return cls(
-            mosaic.Form.of(ROWS, p.H),
-            mosaic.Form.of(c.block_kv, p.H),
-            mosaic.Form.in_one_piece(c.block_kv, p.Hv),
+            mosaic.Form.of(ROWS, p.H, itemsize=itemsize),
+            mosaic.Form.of(c.block_kv, p.H, itemsize=itemsize),
+            c.values(p.Hv, itemsize),
             staging,
             1 if p.operands.page_table is None else max(1, c.block_kv // p.operands.key.shape[1]),
         )
 
     def arrays(self, x: spec.Operands) -> spec.Operands:
         """Operands whose queries, keys and values are as copies take them."""
-        q, k, v = self.q.array(x.query), self.k.array(x.key), self.v.array(x.value)
-        return x._replace(query=q, key=k, value=v)
+        value = x.value if x.is_quantized else self.v.array(x.value)
+        return x._replace(query=self.q.array(x.query), key=self.k.array(x.key), value=value)
 
-    def scratch(self, c: Config, dtype: Any) -> list[Any]:
+    def scratch(self, c: Config, p: spec.Problem) -> list[Any]:
         """Shared memory and barriers, in the order of `Refs`."""
+        dtype, is_quantized = p.operands.query.dtype, p.operands.is_quantized
+        of_k = self.k.copies_in(self.parts) + is_quantized  # with the scales of the stage
+        of_scales = ((c.q_stages, c.consumers), (c.stages, 2)) if is_quantized else ()
         return [
             self.q.smem(c.q_stages, c.consumers, dtype=dtype),
             self.k.smem(c.stages, dtype=dtype),
             self.v.smem(c.stages, dtype=dtype),
-            self.out.form.smem(c.consumers, dtype=dtype),
+            self.out.form.smem(c.consumers, dtype=p.dtype),
             mosaic.SMEM((c.q_stages,), jnp.int32),
             mosaic.SMEM((1,), jnp.int32),
             mosaic.Barrier(num_barriers=c.q_stages, num_arrivals=c.consumers * self.q.copies + 1),
             mosaic.Barrier(num_barriers=c.q_stages, num_arrivals=c.consumers),
-            mosaic.Barrier(num_barriers=c.stages, num_arrivals=self.k.copies_in(self.parts)),
+            mosaic.Barrier(num_barriers=c.stages, num_arrivals=of_k),
             mosaic.Barrier(num_barriers=c.stages, num_arrivals=c.consumers),
             mosaic.Barrier(num_barriers=c.stages, num_arrivals=self.v.copies_in(self.parts)),
             mosaic.Barrier(num_barriers=c.stages, num_arrivals=c.consumers),
             mosaic.Barrier(num_arrivals=self.v.copies_in(self.parts)),
             mosaic.Barrier(num_barriers=c.consumers, num_arrivals=1),
+            *(mosaic.SMEM(shape, jnp.float32) for shape in of_scales),
         ]
 
-    def refs(self, x: spec.Operands, found: BlockMap | None, *rest: Any) -> Refs:
+    def refs(self, given: Any, *rest: Any) -> Refs:
         """From what a kernel is given; ``rest`` are outputs and scratch."""
         out_gmem, lse_gmem, q, k, v, out, *others = rest
         matrices = map(mosaic.Matrix.of, (q, k, v, out))
-        return Refs(x, found, out_gmem, lse_gmem, *matrices, *others)
+        x, found, scales = given
+        return Refs(x, found, scales, out_gmem, lse_gmem, *matrices, *others)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +182,8 @@ class Kernel:
     def hides_keys(self) -> bool:
         """Whether there may be keys that nobody sees: their values may be NaN, and 0 NaN is NaN."""
         p, x = self.problem, self.refs.x
+        if p.operands.is_quantized:  # hidden values of 8 bits are finite, by contract
+            return False
         if self.refs.map is not None or x.key_value_lengths is not None:
             return True
         if p.static_band is None or x.query_lengths is not None:
@@ -196,6 +241,27 @@ class Forward(Kernel):
         if self.refs.x.query_lengths is None:
             return None
         return visits.row_count(self.problem, self.refs.x, work.batch)
+
+    def left_operand(self, p: jax.Array) -> jax.Array:
+        """Probabilities, to be multiplied with values."""
+        if self.refs.scales is None:
+            return p.astype(self.problem.dtype)
+        return mosaic.as_left_operand(p.astype(self.problem.operands.value.dtype))
+
+    def start_outputs(
+        self, p: jax.Array, stage: Any, o: tuple[jax.Array, ...]
+    ) -> tuple[jax.Array, ...]:
+        """Starts O += P V, with what `left_operand` returned."""
+        v = self.refs.v_smem.at(stage)
+        if self.refs.scales is None:
+            return mosaic.start_columns(p, v, o)
+        return mosaic.start_columns(p, v, o, transpose=True)
+
+    def output_columns(self) -> list[int]:
+        """Of the pieces that O has."""
+        if self.refs.scales is None:
+            return [piece.columns for piece in self.forms.v.pieces]
+        return [self.problem.Hv]
 
     def query(self, work: Work, rows: Any) -> mosaic.Ref:
         """Rows of a head's queries."""

@@ -13,7 +13,7 @@ from pallas_kernels import mosaic
 from pallas_kernels.common import visits
 from pallas_kernels.common.schedule import Work
 from pallas_kernels.hopper.config import ROWS
-from pallas_kernels.hopper.kernel import Forward, Kernel
+from pallas_kernels.hopper.kernel import Forward, Kernel, scale_at
 
 
 def produce(k: Forward) -> None:
@@ -22,14 +22,14 @@ def produce(k: Forward) -> None:
 
     def load(round_: Any, step: Any, tile: Any) -> Any:
         work = k.schedule.work(tile)
-        stage = announce(k, round_, tile)
+        stage = announce(k, round_, tile, work)
         for i in range(c.consumers):
             rows = pl.ds(work.q_block * c.block_q + i * ROWS, ROWS)
             mosaic.copy_in(k.query(work, rows), r.q_smem.at(stage, i), r.q_full.at[stage])
         return produce_keys(k, work, step)
 
     rounds, steps, tile = each_tile(k, r.ticket_smem, load)
-    stage = announce(k, rounds, tile)  # that there is none left
+    stage = announce(k, rounds, tile, None)  # that there is none left
     arrive(r.q_full.at[stage], c.consumers * k.forms.q.copies)
     drain(rounds + 1, c.q_stages, r.q_free)
     drain(steps, c.stages, r.k_free, r.v_free)
@@ -59,11 +59,15 @@ def each_tile(k: Kernel, ticket: mosaic.Ref, load: Callable[[Any, Any, Any], Any
     return lax.while_loop(lambda carry: carry[2] < k.schedule.tiles, one, start)
 
 
-def announce(k: Forward, round_: Any, tile: Any) -> Any:
-    """Tells the consumers which tile comes next; returns the stage of its Q."""
+def announce(k: Forward, round_: Any, tile: Any, work: Work | None) -> Any:
+    """Tells the consumers which tile comes next, if any; returns the stage of its Q."""
     r, stage = k.refs, lax.rem(round_, k.config.q_stages)
     pl.when(round_ >= k.config.q_stages)(lambda: mosaic.barrier_wait(r.q_free.at[stage]))
     r.tile_smem[stage] = tile
+    if r.scales is not None and work is not None:
+        for i in range(k.config.consumers):
+            row = work.q_block * k.config.block_q + i * ROWS
+            r.q_scale_smem[stage, i] = scale_at(r.scales.query, work.batch, row, work.head)
     mosaic.commit_smem()
     mosaic.barrier_arrive(r.q_full.at[stage])
     return stage
@@ -80,14 +84,28 @@ def produce_keys(k: Forward, work: Work, step: Any) -> Any:
         # Before the waits: what it loads comes while they last.
         by_data = walk.hides and functools.partial(walk.hides, j)
         hidden = Hidden.of(k, work, kv_block, by_data) if k.hides_keys else None
+        scales = key_scales(k, work.batch, kv_block * c.block_kv, head)
         again = step + j >= c.stages
         pl.when(again)(lambda: mosaic.barrier_wait(r.k_free.at[stage]))
         source.copy(r.x.key, r.k_smem.at(stage), r.k_full.at[stage])
+        if scales:
+            for i, scale in enumerate(scales):
+                r.kv_scale_smem[stage, i] = scale
+            mosaic.commit_smem()
+            mosaic.barrier_arrive(r.k_full.at[stage])
         pl.when(again)(lambda: mosaic.barrier_wait(r.v_free.at[stage]))
-        produce_values(k, hidden, source, stage)
+        produce_values(k, hidden, source.of_values(k), stage)
 
     lax.fori_loop(0, walk.count, visit, None)
     return walk.count
+
+
+def key_scales(k: Forward, batch: Any, key0: Any, head: Any) -> tuple[Any, ...]:
+    """What the consumers must know of a tile of 8-bit keys and values."""
+    scales = k.refs.scales
+    if scales is None:
+        return ()
+    return tuple(scale_at(x, batch, key0, head) for x in (scales.key, scales.shift))
 
 
 class Source(NamedTuple):
@@ -111,6 +129,13 @@ class Source(NamedTuple):
             page = jnp.clip(table[work.batch, number], 0, pages - 1)
             places.append((page, pl.ds(lax.rem(key0 + start, page_size), rows), head))
         return cls(tuple(places), rows)
+
+    def of_values(self, k: Forward) -> "Source":
+        """Where the values are: those of 8 bits are turned."""
+        if k.refs.scales is None:
+            return self
+        ((batch, keys, head),) = self.places
+        return Source(((batch, slice(None), head, keys),), self.rows)
 
     def copy(self, gmem: mosaic.Ref, target: mosaic.Matrix, barrier: mosaic.Ref) -> None:
         """Starts the copies of K or V."""

@@ -45,6 +45,13 @@ class Stats(NamedTuple):
         return factor / total, lse
 
 
+class Raised(NamedTuple):
+    """What a visit's 8-bit elements ask for."""
+
+    scale: Any  # of products of queries with keys
+    shift: Any  # by which log2 of probabilities is raised
+
+
 class Visit(NamedTuple):
     """A tile of scores, and what the operands say of it."""
 
@@ -64,15 +71,24 @@ class Visit(NamedTuple):
         tile = tiles.tile_of(k.problem, k.refs.x, work, span, masked, k.ends_within_tiles)
         return cls(k, masked, span, tile)
 
-    def softmax(self, stats: Stats, s: jax.Array) -> tuple[Stats, jax.Array, jax.Array]:
+    def softmax(
+        self, stats: Stats, s: jax.Array, raised: Raised | None = None
+    ) -> tuple[Stats, jax.Array, jax.Array]:
         """Takes scores into the statistics; returns the decay of what came before, and P."""
-        k = self.k
-        s, unit = self.logits(s), k.unit * LOG2_E
+        k, unit = self.k, self.k.unit * LOG2_E
+        if raised is not None and k.modifies:
+            s = s * raised.scale
+        elif raised is not None:
+            unit = unit * raised.scale
+        s = self.logits(s)
         m = jnp.maximum(stats.m, jnp.max(s, axis=1) * unit)
         base = jnp.where(m == -math.inf, 0.0, m) if self.masked or k.modifies else m
         decay = jnp.exp2(stats.m - base)
+        base = base if raised is None else base - raised.shift
         p = jnp.exp2(s * unit - mosaic.spread_rows(base, s.shape))
-        stats = Stats(m, stats.l * decay + jnp.sum(p, axis=1))
+        total = jnp.sum(p, axis=1)
+        total = total if raised is None else total * jnp.exp2(-raised.shift)
+        stats = Stats(m, stats.l * decay + total)
         return stats, decay, self.kept(self.signed(p))
 
     def signed(self, p: jax.Array) -> jax.Array:

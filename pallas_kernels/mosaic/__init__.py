@@ -28,7 +28,13 @@ from pallas_kernels.mosaic.atomic import counter, take_number
 from pallas_kernels.mosaic.gather import gather
 from pallas_kernels.mosaic.interpreter import RaceError, interpreting, is_interpreting
 from pallas_kernels.mosaic.launch import compiler_params, kernel
-from pallas_kernels.mosaic.matmul import matmul, settle, start, start_columns
+from pallas_kernels.mosaic.matmul import (
+    as_left_operand,
+    matmul,
+    settle,
+    start,
+    start_columns,
+)
 from pallas_kernels.mosaic.matrix import (
     Form,
     Matrix,
@@ -64,6 +70,7 @@ __all__ = [
     "Sums",
     "View",
     "add",
+    "as_left_operand",
     "barrier_arrive",
     "barrier_wait",
     "commit_smem",

@@ -2,6 +2,9 @@
 
 A product that has been started runs while the kernel goes on. What `start` returns is not there
 yet: nothing may be done with it but start another product that adds to it, or `settle` it.
+
+Elements of operands have 16 bits, or 8: then the right operand is [N, K], and a left one in
+registers is what `as_left_operand` makes of a result's layout.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.mosaic import gpu as _mgpu
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
@@ -21,6 +25,7 @@ from pallas_kernels.mosaic import interpreter
 from pallas_kernels.mosaic.dialects import nvvm
 from pallas_kernels.mosaic.matrix import Matrix
 from pallas_kernels.mosaic.memory import Ref, tiling_of
+from pallas_kernels.spec.quantization import in_operand_order
 
 # Their annotations and signatures differ between JAX versions: no type checker can agree with all.
 mgpu: Any = _mgpu
@@ -67,12 +72,14 @@ def start(
 
 def start_columns(
     a: jax.Array,  # [M, K]
-    b: Matrix,  # [K, N]
+    b: Matrix,  # [K, N]; with transpose [N, K], in one piece
     accs: Sequence[jax.Array],  # for each piece of b: [M, columns] float32
+    *,
+    transpose: bool = False,
 ) -> tuple[jax.Array, ...]:
     """Starts ``acc + a @ piece`` for each piece of b: a product each."""
     pairs = zip(b.views, accs, strict=True)
-    return tuple(_start(a, view.tiled, acc, False, False) for view, acc in pairs)
+    return tuple(_start(a, view.tiled, acc, False, transpose) for view, acc in pairs)
 
 
 def settle(value: jax.Array, *, in_flight: int = 0) -> jax.Array:
@@ -95,7 +102,7 @@ def _start(
         product = _emulated(a, b, transpose_a, transpose_b)
         return product if acc is None else acc + product
     in_registers = isinstance(a, jax.Array)
-    types: list[Any] = [plgpu.Layout.WGMMA if in_registers else _ref_type(a), _ref_type(b)]
+    types: list[Any] = [_layout_of(a.dtype) if in_registers else _ref_type(a), _ref_type(b)]
     shape = (_size(a, 1 if transpose_a else 0), _size(b, 0 if transpose_b else 1))
     operands = [a, b]
     if acc is not None:
@@ -115,6 +122,39 @@ def _start(
         return total.value
 
     return issue(*operands)
+
+
+def as_left_operand(x: jax.Array) -> jax.Array:
+    """A matrix of 8-bit elements, in the layout of results, as a left operand: no data moves.
+
+    Its columns are then `in_operand_order`, as what they are multiplied with must be.
+    """
+    if interpreter.is_interpreting():
+        return in_operand_order(x)
+    layout = _layout_of(x.dtype)
+
+    result = plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=result)
+    def relabel(_: Any, x: Any) -> Any:
+        # A thread has two neighbours of each eight columns as a result, four of sixteen as operand.
+        pairs = x.registers.reshape(len(x.registers), x.registers.shape[1] // 2, 2, -1)
+        quads = np.empty(fa.WGMMA_LAYOUT_8BIT.registers_shape(x.shape), dtype=object)
+        flat = quads.reshape(*quads.shape[:2], -1)
+        for at in np.ndindex(flat.shape):
+            tile, group, register = at
+            low, high = pairs[tile, group, :, register]
+            flat[at] = mgpu_utils.vector_concat([low, high])
+        return fa.FragmentedArray(
+            _registers=quads, _layout=fa.WGMMA_LAYOUT_8BIT, _is_signed=x.is_signed
+        )
+
+    return relabel(x)
+
+
+def _layout_of(dtype: Any) -> Any:
+    """Of left operands in registers."""
+    return plgpu.Layout.WGMMA if jnp.dtype(dtype).itemsize > 1 else plgpu.Layout.WGMMA_8BIT
 
 
 def _like(shape: tuple[int, ...]) -> Any:
@@ -142,7 +182,7 @@ def _tiles(ref: Any, transpose: bool) -> Any:
 
 
 def _emulated(a: Any, b: Any, transpose_a: bool, transpose_b: bool) -> jax.Array:
-    a, b = _whole(a[...]), _whole(b[...])
+    a, b = (_widened(_whole(x[...])) for x in (a, b))
     if transpose_a:
         a = a.T
     if transpose_b:
@@ -152,6 +192,10 @@ def _emulated(a: Any, b: Any, transpose_a: bool, transpose_b: bool) -> jax.Array
     # detector would take the next copy into the tile for a race.
     plgpu.commit_smem()
     return product
+
+
+def _widened(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32) if x.dtype.itemsize == 1 else x
 
 
 def _whole(x: jax.Array) -> jax.Array:

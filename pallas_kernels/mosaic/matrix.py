@@ -1,9 +1,10 @@
 """Matrices in shared memory, copied from and to arrays of any number of rows and columns.
 
 TMA copies a box of an array: what lies beyond the array's end reads as zero and is not written. A
-row of it in shared memory has 128, 64 or 32 bytes, swizzled. So a matrix is held in strips of 64,
-32 or 16 columns, one after the other. A product takes a strip as tiles of eight rows: the same
-bytes, for which Mosaic has another type. A buffer is allocated as the union of both.
+row of it in shared memory has 128, 64 or 32 bytes, swizzled. So a matrix is held in strips of so
+many bytes, 64, 32 or 16 columns of 16 bits, one after the other. A product takes a strip as tiles
+of eight rows: the same bytes, for which Mosaic has another type. A buffer is allocated as the union
+of both.
 
 If a product's right operand were tiles in row-major order, as Mosaic has them by itself, the array
 would have to consist of whole tiles.
@@ -27,9 +28,10 @@ from pallas_kernels.mosaic.values import opaque
 # Its annotations and signatures differ between JAX versions: no type checker can agree with all.
 plgpu: Any = mosaic_gpu
 
-_WIDTHS = (64, 32, 16)  # of strips, whose elements have 16 bits
+_WIDTHS = (128, 64, 32)  # of strips, in bytes
 _RANK = 2
-_ALIGNMENT = 8  # TMA wants rows of arrays at multiples of 16 bytes
+_ALIGNMENT = 16  # TMA wants rows of arrays at multiples of so many bytes
+_HALF = 2  # bytes of an element, unless it is said
 
 
 class Piece(NamedTuple):
@@ -70,16 +72,17 @@ class Form(NamedTuple):
 
     pieces: tuple[Piece, ...]
     array_columns: int  # of the array that it is copied from or to
+    itemsize: int = _HALF
 
     @classmethod
-    def of(cls, rows: int, columns: int, *, dividing: int = 0) -> Form:
+    def of(cls, rows: int, columns: int, *, dividing: int = 0, itemsize: int = _HALF) -> Form:
         """In strips as wide as can be, of widths that divide a number; all divide 0."""
-        found, rest = [], columns
-        for width in (w for w in _WIDTHS if dividing % w == 0):
+        found, rest, widths = [], columns, _widths(itemsize)
+        for width in (w for w in widths if dividing % w == 0):
             found += [Piece(rest // width, rows, width)] if rest >= width else []
             rest %= width
-        found += [Piece(1, rows, _WIDTHS[-1])] if rest else []
-        return cls(tuple(found), columns)
+        found += [Piece(1, rows, widths[-1])] if rest else []
+        return cls(tuple(found), columns, itemsize)
 
     @classmethod
     def in_one_piece(cls, rows: int, columns: int) -> Form:
@@ -88,14 +91,18 @@ class Form(NamedTuple):
         A product with such a right operand gives all columns at once, which is faster.
         """
         # A product takes as many columns of its left operand at a time: they divide the rows.
-        if columns % _WIDTHS[-1]:
+        widest, *_, narrowest = _widths(_HALF)
+        if columns % narrowest:
             return cls.of(rows, columns, dividing=rows)
-        width = math.gcd(columns, rows, _WIDTHS[0])
+        width = math.gcd(columns, rows, widest)
         return cls((Piece(columns // width, rows, width),), columns)
 
     @classmethod
     def in_strips(cls, rows: int, columns: int, width: int, count: int) -> Form:
-        """In so many strips of one width; they may reach beyond the array's columns."""
+        """In so many strips of one width; they may reach beyond the array's columns.
+
+        Without ``columns`` it is some of them that are copied, one strip after the other.
+        """
         return cls((Piece(count, rows, width),), columns)
 
     @property
@@ -124,7 +131,7 @@ class Form(NamedTuple):
         """An array [..., columns] as copies take it."""
         if self._at_once:
             return x.reshape(*x.shape[:-1], self.strips, self.pieces[0].width)
-        missing = copied_columns(self.array_columns) - self.array_columns
+        missing = copied_columns(self.array_columns, self.itemsize) - self.array_columns
         return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
 
     def smem(self, *stack: int, dtype: jax.typing.DTypeLike) -> list[Any]:
@@ -161,12 +168,17 @@ class Matrix(NamedTuple):
                 start += width
 
 
-def copied_columns(columns: int) -> int:
+def copied_columns(columns: int, itemsize: int = _HALF) -> int:
     """How many columns an array must have to be copied, at least ``columns``."""
-    if columns in _WIDTHS:
+    if columns in _widths(itemsize):
         return columns
-    step = _ALIGNMENT if _copies_any_columns() else _WIDTHS[0]
+    step = (_ALIGNMENT if _copies_any_columns() else _WIDTHS[0]) // itemsize
     return -(-columns // step) * step
+
+
+def _widths(itemsize: int) -> tuple[int, ...]:
+    """Of strips, in elements."""
+    return tuple(width // itemsize for width in _WIDTHS)
 
 
 def _copies_any_columns() -> bool:

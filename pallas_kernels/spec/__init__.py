@@ -1,6 +1,6 @@
 """The language every backend speaks: bands, masks, scores, softmax, dropout, tiles, problems."""
 
-from pallas_kernels.spec import dropout, mask, score, softmax
+from pallas_kernels.spec import dropout, mask, quantization, score, softmax
 from pallas_kernels.spec.band import Band
 from pallas_kernels.spec.blocks import Tiles, coverage, visible_tiles
 from pallas_kernels.spec.problem import (
@@ -29,6 +29,7 @@ __all__ = [
     "extent",
     "gradients",
     "mask",
+    "quantization",
     "score",
     "softmax",
     "tile_of",

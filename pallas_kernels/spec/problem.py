@@ -11,6 +11,7 @@ import numpy as np
 from jax.extend import core as jex_core
 
 from pallas_kernels.spec.band import Band
+from pallas_kernels.spec.quantization import FP8
 
 
 class Device(NamedTuple):
@@ -27,6 +28,9 @@ def extent(lengths: Any, size: int) -> Any:
 
 class Operands(NamedTuple):
     """The arrays of one call in canonical shape (batch flattened); absent ones are None.
+
+    With scales, query, key and value are 8-bit floating point, the value turned, [B, Hv, K, tokens
+    of whole blocks]: see `pallas_kernels.spec.quantization`.
 
     ``Problem.operands`` holds the same tuple with shapes and dtypes in place of arrays.
     """
@@ -47,6 +51,13 @@ class Operands(NamedTuple):
     score_consts: tuple[Any, ...] = ()  # arrays captured by score_mod
     mask_consts: tuple[Any, ...] = ()  # arrays captured by mask_mod
     page_table: Any = None  # [B, M] int32: where pages of keys and values are; of native kernels
+    query_scale: Any = None  # [B, blocks of T, N] float32
+    key_scale: Any = None  # [B, blocks of S, K] float32
+    value_scale: Any = None  # [B, blocks of S, K] float32
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.query_scale is not None
 
 
 # Axes of the operands that calls can be folded or divided along: b batch, n query heads, k key
@@ -56,6 +67,7 @@ AXES = {
     "query": "b.n.", "key": "b.k.", "value": "b.k.", "bias": "bn..", "mask": "bn..",
     "query_lengths": "b", "key_value_lengths": "b", "query_offset": "b",
     "query_segment_ids": "b.", "key_value_segment_ids": "b.", "alibi_slopes": "n", "sinks": "n",
+    "query_scale": "b.n", "key_scale": "b.k", "value_scale": "b.k",
 }  # fmt: skip
 
 
@@ -209,6 +221,11 @@ class Problem:
         return dataclasses.replace(self, operands=structs)
 
     @property
+    def is_in_8_bits(self) -> bool:
+        """Whether the forward multiplies 8-bit floating point."""
+        return self.operands.is_quantized or self.precision == FP8
+
+    @property
     def asks_for_numbers(self) -> bool:
         """Whether a function or dropout depends on which batch element and head it is for."""
         return bool(self.score_mod or self.mask_mod or self.dropout_rate > 0)
@@ -244,11 +261,12 @@ class Problem:
 
     @property
     def Hv(self) -> int:
-        return self.operands.value.shape[3]
+        return self.operands.value.shape[1 if self.operands.is_quantized else 3]
 
     @property
     def dtype(self) -> np.dtype:
-        return self.operands.query.dtype
+        """Of the output: that of the query, bfloat16 if elements have 8 bits."""
+        return np.dtype(jnp.bfloat16) if self.operands.is_quantized else self.operands.query.dtype
 
     @property
     def compute_dtype(self) -> np.dtype:
