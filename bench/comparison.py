@@ -62,8 +62,7 @@ def run(table: Table, argv: Sequence[str] | None) -> int:
         for heading in table.problems
         if not options.only or any(word.lower() in heading.lower() for word in options.only)
     ]
-    processes = results.usable_cores() - 2 if device.platform == "gpu" else 0
-    compiler, clock = Compiler(processes=processes), device_clock(device)
+    compiler, clock = Compiler.for_device(device), device_clock(device)
     sources = [p for p in (table.problems, table.base) if p is not None]
     asked = list(dict.fromkeys(p for h in chosen for source in sources for p in source[h]))
     waiting = {problem: _submit(compiler, problem, device) for problem in asked}

@@ -92,6 +92,11 @@ class Compiler:
         self._processes = _tracers(processes) if processes else None
         self._lowering = threading.Lock()
 
+    @classmethod
+    def for_device(cls, device: jax.Device) -> Compiler:
+        """With processes where they can trace: for a GPU."""
+        return cls(processes=results.usable_cores() - 2 if device.platform == "gpu" else 0)
+
     def submit(
         self,
         function: Callable[..., Any],

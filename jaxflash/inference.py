@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
@@ -10,7 +11,9 @@ from jaxflash.api import Implementation
 from jaxflash.arguments import canonicalize
 from jaxflash.cache import pages
 from jaxflash.cache.rules import Rule, enforce, integers
+from jaxflash.partitioning import divided_as_typed
 from jaxflash.varying import varying_like
+from pallas_kernels import spec
 
 
 def decode_attention(
@@ -214,8 +217,12 @@ def _attend(
         operands = operands._replace(key=arrays[1], value=arrays[2], page_table=page_table)
         problem = problem.of(operands)
     backend = dispatch.select(problem, implementation, dispatch.OF_CACHES)
-    operands = varying_like(operands, operands)
-    out, lse = (x.reshape(*batch, *x.shape[1:]) for x in backend.forward(problem, operands))
+
+    def attend(problem: spec.Problem, operands: spec.Operands) -> tuple[jax.Array, jax.Array]:
+        return backend.forward(problem, varying_like(operands, operands))
+
+    found = divided_as_typed(attend, problem, operands) or attend(problem, operands)
+    out, lse = (x.reshape(*batch, *x.shape[1:]) for x in found)
     return (out, lse) if return_residual else out
 
 

@@ -106,8 +106,7 @@ def partitioned(function: Function, has_effects: Callable[[], bool] = lambda: Fa
     rule = _rule(function)
 
     def run(problem: spec.Problem, operands: spec.Operands, *rest: jax.Array) -> Any:
-        # Pages belong to no batch element.
-        is_direct = is_local() or operands.page_table is not None or has_effects()
+        is_direct = is_local() or has_effects()
         return (function if is_direct else rule)(problem, operands, *rest)
 
     return run
@@ -176,9 +175,10 @@ def _propagation(
 
 def _roles_of_arguments(operands: spec.Operands, *rest: Any) -> tuple[Any, ...]:
     """For each array a letter for each axis."""
+    axes = spec.AXES if operands.page_table is None else spec.AXES_OF_PAGES
 
     def of_operand(name: str) -> Any:
-        roles = spec.AXES.get(name)
+        roles = axes.get(name)
         return jax.tree.map(lambda x: _of_axes(roles, x.shape), getattr(operands, name))
 
     others = (_OUTPUT if len(x.shape) == len(_OUTPUT) else _LSE for x in rest)

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 import jaxflash
 from jaxflash import xla
 from jaxflash.arguments import canonicalize
+from jaxflash.gathering import gathering
 from jaxflash.partitioning import partitioned
 
 _IDS = np.repeat(np.array([[0, 1, 2, 3]] * 4, np.int32), 6, axis=1)
@@ -137,6 +138,64 @@ def test_inside_shard_map(manual: set[str]) -> None:
     sharded = jax.shard_map(attend, mesh=mesh, in_specs=by, out_specs=by, axis_names=manual)
     found = jax.jit(sharded)(*arrays.values())
     np.testing.assert_allclose(found, attend(*arrays.values()), atol=2e-5)
+
+
+_TABLE = np.array([[5, 2], [7, 1], [0, 3], [4, 6]], np.int32)
+_HELD = np.array([24, 9, 32, 17], np.int32)
+
+
+def _of_cache(in_pages: bool) -> tuple[tuple[jax.Array, ...], tuple[P, ...]]:
+    """What attention to a cache takes, and how a mesh of batch and heads divides it."""
+    query, *caches = (
+        jax.random.normal(jax.random.key(i), shape)
+        for i, shape in enumerate([(4, 2, 8, 16), *[(8, 16, 4, 16)] * 2])
+    )
+    by_head = P("data", None, "model")
+    if in_pages:
+        of_pages = P(None, None, "model")
+        places = (by_head, of_pages, of_pages, P("data"), P("data"))
+        return (query, *caches, jnp.asarray(_TABLE), jnp.asarray(_HELD)), places
+    whole = [x.reshape(4, 32, 4, 16) for x in caches]
+    return (query, *whole, jnp.asarray(_HELD)), (by_head, by_head, by_head, P("data"))
+
+
+@pytest.mark.parametrize("in_pages", [False, True], ids=["contiguous", "pages"])
+def test_explicit_axes_of_caches(in_pages: bool) -> None:
+    attend = jaxflash.paged_attention if in_pages else jaxflash.decode_attention
+    arrays, places = _of_cache(in_pages)
+    expected = attend(*arrays)
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        placed = [
+            jax.device_put(x, NamedSharding(mesh, by)) for x, by in zip(arrays, places, strict=True)
+        ]
+        run = jax.jit(attend).lower(*placed).compile()
+        found = run(*placed)
+    assert "all-gather" not in run.as_text()
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+def test_pages_stay_where_they_are() -> None:
+    """Under jit alone: pages are divided by heads, sequences by the batch."""
+    arrays, places = _of_cache(in_pages=True)
+
+    def attend(query: Any, key: Any, value: Any, table: Any, lengths: Any) -> jax.Array:
+        problem, x = canonicalize(
+            query,
+            *(jnp.zeros((4, 0, 4, 16)),) * 2,
+            is_causal=True,
+            query_offset=lengths - 2,
+            key_value_seq_lengths=lengths,
+        )
+        x = x._replace(key=key, value=value, page_table=table)
+        return partitioned(gathering(xla.forward))(problem.of(x), x)[0]
+
+    placed = [
+        jax.device_put(x, NamedSharding(_mesh(), by)) for x, by in zip(arrays, places, strict=True)
+    ]
+    run = jax.jit(attend).lower(*placed).compile()
+    assert "all-gather" not in run.as_text()
+    np.testing.assert_allclose(run(*placed), jaxflash.paged_attention(*arrays), atol=2e-5)
 
 
 def test_explain_tells_what_is_gathered() -> None:

@@ -30,6 +30,7 @@ class Config:
     q_stages: int = 2  # 1: the next tile's Q comes when this tile's scores are done
     late_wait: bool = False  # keep O += P V running during the exponentials
     ping_pong: bool = False  # consumers start their products in turns
+    promote: bool = False  # add products of 8 bits by themselves: see `Forward.promotes`
 
     def __post_init__(self) -> None:
         if self.consumers not in REGISTERS:
@@ -49,6 +50,13 @@ class Config:
     def default(cls, problem: spec.Problem) -> "Config":
         """One that fits every problem; tuned ones are for the caller to choose."""
         wide = max(problem.H, problem.Hv)
+        if problem.operands.is_quantized:
+            if wide > 128:
+                return cls(q_stages=1)
+            is_plain = not (modifies(problem) or problem.dropout_rate or problem.masks_by_data)
+            if wide <= 64 and is_plain:
+                return cls(consumers=3, stages=4)
+            return cls(stages=4, promote=True)
         if wide > 128:
             large = cls(q_stages=1)
             fits = problem.Hv <= 128 and large.staging(problem.H, problem.Hv)

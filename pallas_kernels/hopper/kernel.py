@@ -21,6 +21,10 @@ LOG2_E = math.log2(math.e)
 
 
 RANGE = 8.0  # log2 of what probabilities are multiplied by to be 8-bit numbers: 448 is the largest
+# log2 of how much larger than what they are divided by probabilities may grow: until then sums stay
+# as they are, which saves more instructions than it costs where there are many columns.
+PATIENCE = 8.0
+_MANY = 128
 
 
 class Scales(NamedTuple):
@@ -242,20 +246,44 @@ class Forward(Kernel):
             return None
         return visits.row_count(self.problem, self.refs.x, work.batch)
 
+    @property
+    def is_patient(self) -> bool:
+        """See `PATIENCE`. 8-bit probabilities have no room to grow."""
+        return self.problem.Hv > _MANY and self.refs.scales is None
+
+    def larger(self, m: jax.Array, candidate: jax.Array) -> jax.Array:
+        """What probabilities are relative to, from what they were and what is the largest now."""
+        if self.is_patient:
+            return mosaic.maximum_if_much(m, candidate, PATIENCE)
+        return jnp.maximum(m, candidate)
+
+    def decayed(self, o: tuple[jax.Array, ...], decay: jax.Array) -> tuple[jax.Array, ...]:
+        """Sums relative to what is the largest now."""
+        if self.is_patient:
+            return mosaic.scaled_rows(o, decay)
+        return tuple(x * mosaic.spread_rows(decay, x.shape) for x in o)
+
     def left_operand(self, p: jax.Array) -> jax.Array:
         """Probabilities, to be multiplied with values."""
         if self.refs.scales is None:
             return p.astype(self.problem.dtype)
         return mosaic.as_left_operand(p.astype(self.problem.operands.value.dtype))
 
+    @property
+    def promotes(self) -> bool:
+        """Whether each product is added to O by itself.
+
+        A sum of products of 8 bits keeps some 13 bits: what is small beside it is cut off.
+        """
+        return self.refs.scales is not None and self.config.promote
+
     def start_outputs(
         self, p: jax.Array, stage: Any, o: tuple[jax.Array, ...]
     ) -> tuple[jax.Array, ...]:
-        """Starts O += P V, with what `left_operand` returned."""
+        """Starts O += P V, or P V alone, with what `left_operand` returned."""
         v = self.refs.v_smem.at(stage)
-        if self.refs.scales is None:
-            return mosaic.start_columns(p, v, o)
-        return mosaic.start_columns(p, v, o, transpose=True)
+        sums: Any = (None,) * len(o) if self.promotes else o
+        return mosaic.start_columns(p, v, sums, transpose=self.refs.scales is not None)
 
     def output_columns(self) -> list[int]:
         """Of the pieces that O has."""

@@ -110,7 +110,8 @@ def quantize(
         scale = jnp.maximum(_of_all(largest, rows_smem) * (unit / rules.LARGEST), rules.LEAST)
         factor = unit / scale
 
-        def narrow(i: Any, _: None) -> None:
+        def narrow(i: Any, carry: None) -> None:
+            del carry
             for (view, _, _), strip in zip(out_smem.at(i).strips(), part(i), strict=True):
                 wide = strip * mosaic.spread_rows(factor, strip.shape)
                 wide = jnp.clip(wide, -rules.LARGEST, rules.LARGEST)

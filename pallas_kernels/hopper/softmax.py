@@ -18,7 +18,7 @@ from pallas_kernels.hopper.kernel import LOG2_E, Forward, Kernel
 class Stats(NamedTuple):
     """Of the scores of the rows so far."""
 
-    m: jax.Array  # [64] largest, log2
+    m: jax.Array  # [64] largest, log2, or no less by more than `PATIENCE`
     l: jax.Array  # [64] sum of powers relative to it
 
     @classmethod
@@ -76,12 +76,13 @@ class Visit(NamedTuple):
     ) -> tuple[Stats, jax.Array, jax.Array]:
         """Takes scores into the statistics; returns the decay of what came before, and P."""
         k, unit = self.k, self.k.unit * LOG2_E
+        assert isinstance(k, Forward)
         if raised is not None and k.modifies:
             s = s * raised.scale
         elif raised is not None:
             unit = unit * raised.scale
         s = self.logits(s)
-        m = jnp.maximum(stats.m, jnp.max(s, axis=1) * unit)
+        m = k.larger(stats.m, jnp.max(s, axis=1) * unit)
         base = jnp.where(m == -math.inf, 0.0, m) if self.masked or k.modifies else m
         decay = jnp.exp2(stats.m - base)
         base = base if raised is None else base - raised.shift

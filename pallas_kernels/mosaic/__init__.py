@@ -58,6 +58,7 @@ from pallas_kernels.mosaic.values import (
     spread_rows,
     uniform,
 )
+from pallas_kernels.mosaic.warps import maximum_if_much, scaled_rows
 
 __all__ = [
     "SMEM",
@@ -95,9 +96,11 @@ __all__ = [
     "load_rows",
     "matmul",
     "matrices",
+    "maximum_if_much",
     "opaque",
     "put",
     "row_iota",
+    "scaled_rows",
     "set_max_registers",
     "settle",
     "spread_columns",

@@ -5,6 +5,7 @@ from pallas_kernels.spec.band import Band
 from pallas_kernels.spec.blocks import Tiles, coverage, visible_tiles
 from pallas_kernels.spec.problem import (
     AXES,
+    AXES_OF_PAGES,
     Device,
     ElementFunction,
     Operands,
@@ -16,6 +17,7 @@ from pallas_kernels.spec.tile import ScoreParameters, Tile, tile_of, window_of
 
 __all__ = [
     "AXES",
+    "AXES_OF_PAGES",
     "Band",
     "Device",
     "ElementFunction",

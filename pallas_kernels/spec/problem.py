@@ -61,14 +61,17 @@ class Operands(NamedTuple):
 
 
 # Axes of the operands that calls can be folded or divided along: b batch, n query heads, k key
-# heads. In bias and mask they may have size 1. Those left out have none, and in pages keys and
-# values belong to no batch element.
+# heads. In bias and mask they may have size 1. Those left out have none.
 AXES = {
     "query": "b.n.", "key": "b.k.", "value": "b.k.", "bias": "bn..", "mask": "bn..",
     "query_lengths": "b", "key_value_lengths": "b", "query_offset": "b",
     "query_segment_ids": "b.", "key_value_segment_ids": "b.", "alibi_slopes": "n", "sinks": "n",
-    "query_scale": "b.n", "key_scale": "b.k", "value_scale": "b.k",
+    "query_scale": "b.n", "key_scale": "b.k", "value_scale": "b.k", "page_table": "b.",
 }  # fmt: skip
+
+
+# In pages keys and values belong to no batch element.
+AXES_OF_PAGES = AXES | {"key": "..k.", "value": "..k."}
 
 
 def gradients(operands: Operands, found: Operands) -> Operands:
