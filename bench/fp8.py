@@ -192,5 +192,13 @@ def _line(
 
 
 def _record(shape: Shape, name: str, timing: Timing | None, reason: str | None) -> dict[str, Any]:
-    row = {"shape": shape.label, "implementation": name, "reason": reason}
-    return row | (timing.record() if timing else {})
+    problem = Problem(shape)
+    row: dict[str, Any] = {
+        "problem": problem.label,
+        "implementation": name,
+        "reason": reason,
+        "flops": problem.flops,
+    }
+    if timing is not None:
+        row |= timing.record() | {"tflops": problem.flops / timing.median_ms / 1e9}
+    return row

@@ -22,11 +22,12 @@ from bench import results, seed
 from bench.capacity import format_bytes
 from bench.gpus import GPUS
 from bench.results import Line, markdown_table
+from pallas_kernels.spec.quantization import FP8
 
 SUMMARY = "Answers every table of the seed document, from results that are there."
 REPORT = Path(__file__).parent / "REPORT.md"
 _TABLES = (
-    "speed", "forward", "footprint", "decode", "throughput", "generation", "serving",
+    "speed", "forward", "fp8", "footprint", "decode", "throughput", "generation", "serving",
 )  # fmt: skip
 _OURS, _STANDARD = "jaxflash-hopper", "standard"
 _SMALL_CARD = GPUS["a10g"]  # the 24 GB card
@@ -141,7 +142,7 @@ def forward_times(found: Found) -> str:
         f"{_claimed_tflops(4096):.0f} TFLOP/s at T 4096, and its own text says 740: both cannot be "
         "right.",
         "A100 and A10G: not had, there was neither card; their kernels, `triton`, are compiled for "
-        "them and not timed. FP8: not had yet.",
+        "them and not timed. FP8: see the comparison of versions.",
     )
 
 
@@ -420,6 +421,9 @@ def versions(found: Found) -> str:
     rows["FA3 (FP16)"] = rows["FA3 (FP16)"] or found.latest(
         "forward", problem="B8 T4096 N32/32 H64 full", implementation="jaxflash"
     )
+    rows["FA3 (FP8)"] = found.latest(
+        "fp8", problem="B8 T4096 N32/32 H64 full", implementation="jaxflash fp8", reason=None
+    )
     lines = []
     for name, claim in seed.VERSIONS.items():
         row = rows.get(name)
@@ -432,8 +436,8 @@ def versions(found: Found) -> str:
     return _section(
         "Versions: H100, T 4096, batch 8, 32 heads, head dim 64",
         "FA3 (FP16) is `hopper` in bfloat16, FA2 is `triton`, FA1 the same with a program for each "
-        "head; measured where there are figures (`python -m bench speed`). FP8: there is no kernel "
-        "yet.",
+        "head; measured where there are figures (`python -m bench speed`, `python -m bench fp8`). "
+        "FA3 (FP8) is `hopper` with arrays that were quantised before.",
         markdown_table(headers, lines),
     )
 
@@ -494,6 +498,7 @@ _FEATURES: dict[str, Callable[[], dict[str, str | None]]] = {
     "Dropout": _asking(dropout_rate=0.1, dropout_key=jax.random.key_data(jax.random.key(0))),
     "Gradients in a fixed order": _asking(deterministic=True),
     "Head dim 256": _asking(H=256),
+    "FP8 products": _asking(precision=FP8),
     "float16": _asking(dtype=jnp.float16),
     "float32": _asking(dtype=jnp.float32),
 }

@@ -540,3 +540,14 @@ def test_model_reads_its_own_past_only():
     before, after = logits(tokens), logits(changed)
     np.testing.assert_allclose(before[:, :-1], after[:, :-1], atol=1e-5)
     assert not np.allclose(before[:, -1], after[:, -1], atol=1e-5)
+
+
+def test_kernels_are_traced_for_a_gpu_in_another_process() -> None:
+    shape = Shape(1, 256, 256, 1, 1, 64, is_causal=True)
+    attend = functools.partial(Problem(shape).call, jaxflash.dot_product_attention)
+    kind = "NVIDIA H100 80GB HBM3"
+    with timing._tracers(1) as processes:
+        exported = processes.submit(timing._export, attend, ({}, *shape.structs()), kind).result()
+    restored = jax.export.deserialize(exported)
+    assert restored.platforms == ("cuda",)
+    assert "mosaic_gpu" in restored.mlir_module()

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import jaxflash
 from jaxflash.arguments import canonicalize
+from pallas_kernels import hopper
 from pallas_kernels.spec import quantization as rules
 from tests import oracle
 from tests.test_conformance import INTERPRETS, ON_GPU, running
@@ -190,6 +191,29 @@ def test_out_and_lse(backend: Any, case: str) -> None:
         jnp.bfloat16,
     )  # fmt: skip
     np.testing.assert_allclose(lse, lse_of_truth, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [150, 5000] if ON_GPU else [300] if INTERPRETS else [])
+@pytest.mark.kernel
+def test_products_added_by_themselves(length: int) -> None:
+    """The same but for what sums of 8-bit products cut off, which grows with the length."""
+    given = [
+        jaxflash.quantize(_random(1, length, 1, 64, seed=i), is_value=i == 2) for i in range(3)
+    ]
+    problem, operands = canonicalize(*given)
+    wide = [x.dequantize() for x in given]
+    truth, _ = _exact(*wide, {})
+    attained = np.asarray(_attainable(*wide, {}))
+
+    def error(promote: bool) -> float:
+        with running("hopper"):
+            config = hopper.Config(stages=4, promote=promote)
+            out = np.asarray(hopper.forward(problem, operands, config)[0], np.float32)
+        return float(np.linalg.norm(out - truth) / np.linalg.norm(truth))
+
+    best = float(np.linalg.norm(attained - truth) / np.linalg.norm(truth))
+    assert error(promote=True) <= 1.2 * best
+    assert error(promote=False) <= 5 * best
 
 
 @pytest.mark.parametrize("backend", [*_HOPPER, "xla"])

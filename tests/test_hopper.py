@@ -103,6 +103,26 @@ def test_tiles_of_any_size(H: int, config: hopper.Config, options: dict[str, Any
 
 
 @runs
+@pytest.mark.parametrize("growth", [0.02, 1.0])
+def test_wide_heads_whose_logits_grow(growth: float) -> None:
+    """Sums of wide heads stay relative to an older maximum until a row outgrows it by far."""
+    q, k, v = _normal(0, 1, 70, 2, 144), _normal(1, 1, 330, 1, 144), _normal(2, 1, 330, 1, 144)
+    # Each key's logits are larger than those of the keys before it, by steps of both kinds.
+    k = (k * 0.1).at[..., 0].set((growth * jnp.arange(330)[:, None]).astype(k.dtype))
+    q = (q * 0.1).at[..., 0].set(jnp.linspace(0, 4, 70)[:, None].astype(q.dtype))
+    options = {"is_causal": True, "query_offset": 200, "sinks": jnp.array([3.0, -2.0])}
+    with _running():
+        out, lse = _attention(q, k, v, **options, return_residual=True)
+    truth, lse_of_truth = jaxflash.dot_product_attention(
+        q, k, v, **options, implementation="reference", return_residual=True
+    )
+    np.testing.assert_allclose(
+        np.asarray(out, np.float32), np.asarray(truth, np.float32), atol=0.02, rtol=0.02
+    )
+    np.testing.assert_allclose(lse, lse_of_truth, rtol=1e-3, atol=1e-3)
+
+
+@runs
 @pytest.mark.parametrize("sinks", [False, True])
 def test_gradients_under_vmap(sinks: bool) -> None:
     """Folded into the batch, or, where a gradient has no batch, one after the other."""

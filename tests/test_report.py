@@ -41,6 +41,21 @@ def test_table_of_the_triton_kernels_end_to_end(tmp_path: Path) -> None:
             assert rows[problem.direction, name]["reason"] is None
 
 
+@pytest.mark.parametrize("name", ["fp8", "accuracy"])
+def test_tables_of_fp8_end_to_end(name: str, tmp_path: Path) -> None:
+    assert entry.main([name, "--tiny", "--out", str(tmp_path)]) == 0
+    (jsonl,) = tmp_path.glob(f"{name}-*.jsonl")
+    rows = results.read_rows(jsonl)
+    if name == "fp8":
+        reasons = {row["implementation"]: row["reason"] for row in rows}
+        assert reasons.pop("cudnn fp8")
+        assert not any(reasons.values())
+        return
+    by_name = {row["implementation"]: row["rmse_outliers"] for row in rows}
+    assert by_name["jaxflash, bfloat16"] < by_name["FP8, a scale for each block, rotated"]
+    assert by_name["FP8, a scale for each block, rotated"] < by_name["FP8, a scale for the tensor"]
+
+
 def test_table_of_several_devices_end_to_end(tmp_path: Path) -> None:
     argv = ["--seq", "512", "--alone", "256", "--heads", "2", "--head-dim", "16", "--devices", "2"]
     assert entry.main(["scale", *argv, "--out", str(tmp_path)]) == 0
