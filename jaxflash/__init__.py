@@ -3,13 +3,13 @@
 import importlib
 from typing import Any
 
-from jaxflash.api import dot_product_attention, explain, merge
+from jaxflash.api import dot_product_attention, explain, merge, quantize
 from jaxflash.cache import KVCache, OutOfPages, PageAllocator, PagedKVCache
 from jaxflash.dispatch import Explanation
 from jaxflash.inference import decode_attention, paged_attention
 from jaxflash.modules.rope import Rope
 from jaxflash.parallel import ring_attention, stripe, ulysses_attention, unstripe
-from jaxflash.quantization import QuantizedArray, quantize
+from jaxflash.quantization import QuantizedArray
 from jaxflash.vjp import CHECKPOINT_NAMES
 
 __version__ = "0.1.0"

@@ -6,9 +6,9 @@ from typing import Any, Literal
 import jax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int32, Shaped
 
-from jaxflash import checks, dispatch, partitioning, vjp
+from jaxflash import checks, dispatch, native, partitioning, vjp
 from jaxflash.arguments import canonicalize
-from jaxflash.quantization import QuantizedArray
+from jaxflash.quantization import GRANULARITIES, QuantizedArray, by_xla, flat
 from pallas_kernels import spec
 
 ScoreMod = Callable[[Any, Any, Any, Any, Any], Any]
@@ -204,6 +204,56 @@ def explain(
     jax.eval_shape(record, abstract)
     found = dispatch.explain(problems[0], implementation)
     return found._replace(sharding=partitioning.described(problems[0], query))
+
+
+def quantize(
+    x: Float[Array, "*B T N H"],
+    *,
+    per: Literal["block", "head", "tensor"] = "block",
+    is_value: bool = False,
+    rotate: bool = False,
+) -> QuantizedArray:
+    """Rounds an array to 8-bit floating point, e4m3, each part with a scale of its own.
+
+    Args:
+      x: queries, keys or values.
+      per: what has a scale: each "block" of 128 tokens of a head, each "head" of a batch element,
+        or the whole "tensor".
+      is_value: lays the result out as the value of attention must be.
+      rotate: multiplies queries, and keys, by an orthogonal matrix first, which spreads outliers
+        over all columns (incoherent processing). Their products stay the same, so both must be.
+
+    Returns:
+      What `dot_product_attention` takes in place of an array; all three of its arrays must then be
+      quantised. Not differentiable: to train, pass 16-bit arrays and ``precision="fp8"``. Padding
+      must be finite: a NaN spreads over its block.
+
+    Raises:
+      ValueError, TypeError: the shape, the dtype or an option is wrong, or a value is rotated.
+
+    Example:
+      >>> import jax, jaxflash
+      >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 256, 2, 64), "bfloat16")
+      >>> q, k = (jaxflash.quantize(x, rotate=True) for x in (q, k))
+      >>> jaxflash.dot_product_attention(q, k, jaxflash.quantize(v, is_value=True)).dtype
+      dtype(bfloat16)
+
+    Source: Shah et al., "FlashAttention-3" (2024), section 3.3.
+    """
+    x = checks.as_array("x", x)
+    checks.floating("x", x)
+    if x.ndim < 3:
+        raise ValueError(f"x must have at least three axes [*B, T, N, H]; got shape {x.shape}")
+    if per not in GRANULARITIES:
+        raise ValueError(f"per must be one of {GRANULARITIES}; got {per!r}")
+    is_value, rotate = checks.flag("is_value", is_value), checks.flag("rotate", rotate)
+    if is_value and rotate:
+        raise ValueError("values are not rotated: only products of queries and keys stay the same")
+    quantize_flat = native.quantize if partitioning.is_local() else by_xla
+    values, scales = quantize_flat(flat(x), per, is_value, rotate)
+    batch = x.shape[:-3]
+    values, scales = (y.reshape(*batch, *y.shape[1:]) for y in (values, scales))
+    return QuantizedArray(values, scales, x.shape[-3], is_value, rotate)
 
 
 def merge(

@@ -6,15 +6,35 @@ from typing import Any
 import jax
 
 from jaxflash import tuning, xla
+from jaxflash.device import target
 from jaxflash.folding import folding
 from jaxflash.partitioning import partitioned
-from jaxflash.quantization import lowered
+from jaxflash.quantization import by_xla, lowered
 from jaxflash.varying import varying_like
 from pallas_kernels import hopper, spec
 
 
+def quantize(x: jax.Array, per: str, turned: bool, rotate: bool) -> tuple[jax.Array, jax.Array]:
+    """`quantization.by_xla`, by the kernel where there is one: arrays are of one device."""
+    if per != "block" or not hopper.supports_quantize(x, target(), rotate=rotate):
+        return by_xla(x, per, turned, rotate)
+
+    @jax.custom_batching.custom_vmap
+    def call(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return hopper.quantize(x, turned=turned, rotate=rotate)
+
+    @call.def_vmap
+    def rule(size: int, _: Any, x: jax.Array) -> Any:
+        found = call(x.reshape(-1, *x.shape[2:]))
+        values, scales = (y.reshape(size, -1, *y.shape[1:]) for y in found)
+        return (values, scales), (True, True)
+
+    values, scales = call(x)
+    return values, scales
+
+
 def _forward(problem: spec.Problem, operands: spec.Operands) -> Any:
-    out, lse = tuning.hopper_forward(*lowered(problem, operands, by_kernel=True))
+    out, lse = tuning.hopper_forward(*lowered(problem, operands, quantize))
     return out.astype(problem.dtype), lse
 
 

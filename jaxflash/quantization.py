@@ -4,20 +4,19 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-from jaxflash import checks
-from jaxflash.device import target
-from jaxflash.partitioning import is_local
-from pallas_kernels import hopper, spec
+from pallas_kernels import spec
 from pallas_kernels.spec import quantization as rules
 
 Forward = Callable[[spec.Problem, spec.Operands], tuple[jax.Array, jax.Array]]
-_GRANULARITIES = ("block", "head", "tensor")
+# Takes [B, T, N, H], what has a scale, whether to turn the result, and whether to rotate first;
+# returns values and scales as `pallas_kernels.spec.quantization` has them.
+Quantize = Callable[[jax.Array, str, bool, bool], tuple[jax.Array, jax.Array]]
+GRANULARITIES = ("block", "head", "tensor")
 
 
 @jax.tree_util.register_dataclass
@@ -57,87 +56,13 @@ class QuantizedArray:
 
     def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
         """The array ``[*B, T, N, H]``; rotated, if it is."""
-        values, scales = _flat(self.values), _flat(self.scales, 2)
+        values, scales = flat(self.values), flat(self.scales, 2)
         wide = rules.dequantize(values, scales, self.tokens, turned=self.is_value)
         return wide.reshape(self.shape).astype(dtype)
 
 
-def quantize(
-    x: Float[Array, "*B T N H"],
-    *,
-    per: Literal["block", "head", "tensor"] = "block",
-    is_value: bool = False,
-    rotate: bool = False,
-) -> QuantizedArray:
-    """Rounds an array to 8-bit floating point, e4m3, each part with a scale of its own.
-
-    Args:
-      x: queries, keys or values.
-      per: what has a scale: each "block" of 128 tokens of a head, each "head" of a batch element,
-        or the whole "tensor".
-      is_value: lays the result out as the value of attention must be.
-      rotate: multiplies queries, and keys, by an orthogonal matrix first, which spreads outliers
-        over all columns (incoherent processing). Their products stay the same, so both must be.
-
-    Returns:
-      What `dot_product_attention` takes in place of an array; all three of its arrays must then be
-      quantised. Not differentiable: to train, pass 16-bit arrays and ``precision="fp8"``. Padding
-      must be finite: a NaN spreads over its block.
-
-    Raises:
-      ValueError, TypeError: the shape, the dtype or an option is wrong, or a value is rotated.
-
-    Example:
-      >>> import jax, jaxflash
-      >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 256, 2, 64), "bfloat16")
-      >>> q, k = (jaxflash.quantize(x, rotate=True) for x in (q, k))
-      >>> jaxflash.dot_product_attention(q, k, jaxflash.quantize(v, is_value=True)).dtype
-      dtype(bfloat16)
-
-    Source: Shah et al., "FlashAttention-3" (2024), section 3.3.
-    """
-    x = checks.as_array("x", x)
-    checks.floating("x", x)
-    if x.ndim < 3:
-        raise ValueError(f"x must have at least three axes [*B, T, N, H]; got shape {x.shape}")
-    if per not in _GRANULARITIES:
-        raise ValueError(f"per must be one of {_GRANULARITIES}; got {per!r}")
-    is_value, rotate = checks.flag("is_value", is_value), checks.flag("rotate", rotate)
-    if is_value and rotate:
-        raise ValueError("values are not rotated: only products of queries and keys stay the same")
-    by_kernel = per == "block" and is_local()
-    values, scales = _quantize(_flat(x), per, is_value, rotate, by_kernel=by_kernel)
-    batch = x.shape[:-3]
-    values, scales = (y.reshape(*batch, *y.shape[1:]) for y in (values, scales))
-    return QuantizedArray(values, scales, x.shape[-3], is_value, rotate)
-
-
-def _quantize(
-    x: jax.Array, per: str, turned: bool, rotate: bool, *, by_kernel: bool
-) -> tuple[jax.Array, jax.Array]:
-    """Of [B, T, N, H]; by the kernel if it may, and there is one."""
-    if by_kernel and hopper.supports_quantize(x, target(), rotate=rotate):
-        return _by_kernel(x, turned, rotate)
-    return _by_xla(x, per, turned, rotate)
-
-
-def _by_kernel(x: jax.Array, turned: bool, rotate: bool) -> tuple[jax.Array, jax.Array]:
-    @jax.custom_batching.custom_vmap
-    def call(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return hopper.quantize(x, turned=turned, rotate=rotate)
-
-    @call.def_vmap
-    def rule(size: int, _: Any, x: jax.Array) -> Any:
-        found = call(x.reshape(-1, *x.shape[2:]))
-        values, scales = (y.reshape(size, -1, *y.shape[1:]) for y in found)
-        return (values, scales), (True, True)
-
-    values, scales = call(x)
-    return values, scales
-
-
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _by_xla(x: jax.Array, per: str, turned: bool, rotate: bool) -> tuple[jax.Array, jax.Array]:
+def by_xla(x: jax.Array, per: str, turned: bool, rotate: bool) -> tuple[jax.Array, jax.Array]:
     if rotate:
         matrix = jnp.asarray(rules.hadamard(x.shape[3]), jnp.float32)
         x = jnp.einsum("btnh,hi->btni", x.astype(jnp.float32), matrix, precision="highest")
@@ -150,7 +75,7 @@ def operands(query: Any, key: Any, value: Any) -> dict[str, Any]:
     given = {"query": query, "key": key, "value": value}
     quantized = [name for name, x in given.items() if isinstance(x, QuantizedArray)]
     if not quantized:
-        return {name: _flat(x) for name, x in given.items()}
+        return {name: flat(x) for name, x in given.items()}
     if len(quantized) < len(given):
         raise TypeError(
             f"query, key and value must be quantised all or none; got {quantized} quantised: "
@@ -163,39 +88,23 @@ def operands(query: Any, key: Any, value: Any) -> dict[str, Any]:
         )
     if query.is_value or key.is_value or not value.is_value:
         raise ValueError("quantise the value with is_value=True, query and key without")
-    found = {name: _flat(x.values) for name, x in given.items()}
-    return found | {f"{name}_scale": _flat(x.scales, 2) for name, x in given.items()}
+    found = {name: flat(x.values) for name, x in given.items()}
+    return found | {f"{name}_scale": flat(x.scales, 2) for name, x in given.items()}
 
 
 def lowered(
-    problem: spec.Problem, x: spec.Operands, *, by_kernel: bool
+    problem: spec.Problem, x: spec.Operands, quantize: Quantize
 ) -> tuple[spec.Problem, spec.Operands]:
-    """A problem of 8-bit operands, if that precision is asked for. What lengths hide is zeroed.
-
-    ``by_kernel`` is for arrays of one device.
-    """
+    """A problem of 8-bit operands, if that precision is asked for. What lengths hide is zeroed."""
     if problem.precision != rules.FP8:
         return problem, x
-    query, key, value = (
-        _zeroed_beyond(y, lengths)
-        for y, lengths in (
-            (x.query, x.query_lengths),
-            (x.key, x.key_value_lengths),
-            (x.value, x.key_value_lengths),
-        )
-    )
-    of_query, of_key, of_value = (
-        _quantize(y, "block", turned, False, by_kernel=by_kernel)
-        for y, turned in ((query, False), (key, False), (value, True))
-    )
-    x = x._replace(
-        query=of_query[0],
-        key=of_key[0],
-        value=of_value[0],
-        query_scale=of_query[1],
-        key_scale=of_key[1],
-        value_scale=of_value[1],
-    )
+    hidden_from = {"query": x.query_lengths, "key": x.key_value_lengths}
+    hidden_from["value"] = x.key_value_lengths
+    found: dict[str, Any] = {}
+    for name, lengths in hidden_from.items():
+        y = _zeroed_beyond(getattr(x, name), lengths)
+        found[name], found[f"{name}_scale"] = quantize(y, "block", name == "value", False)
+    x = x._replace(**found)
     return dataclasses.replace(problem.of(x), precision=None), x
 
 
@@ -207,7 +116,7 @@ def emulating(forward: Forward) -> Forward:
 
     def run(problem: spec.Problem, x: spec.Operands) -> tuple[jax.Array, jax.Array]:
         dtype = problem.dtype
-        low, y = lowered(problem, x, by_kernel=False)
+        low, y = lowered(problem, x, by_xla)
         if not y.is_quantized:
             return forward(problem, x)
         wide = [
@@ -234,7 +143,7 @@ def _zeroed_beyond(x: jax.Array, lengths: Any) -> jax.Array:
     return jnp.where(exists[:, :, None, None], x, 0)
 
 
-def _flat(x: Any, others: int = 3) -> Any:
+def flat(x: Any, others: int = 3) -> Any:
     """Merges the batch axes, which lead so many others, into one."""
     batch = x.shape[:-others]
     return x if len(batch) == 1 else x.reshape(math.prod(batch), *x.shape[-others:])

@@ -3,13 +3,14 @@
 import ast
 import doctest
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 import jaxflash
-from jaxflash import api, dispatch
+from jaxflash import api, dispatch, xla
 
 ROOT = Path(__file__).resolve().parent.parent
 X = jax.ShapeDtypeStruct((2, 8, 4, 16), jnp.float32)
@@ -65,7 +66,7 @@ def test_score_mod_is_compiled_once_a_function() -> None:
     x = jnp.ones((1, 4, 1, 8))
     table = jnp.arange(1.0)
 
-    forward = _XLA.forward
+    forward: Any = xla.forward  # jitted
     jaxflash.dot_product_attention(
         x, x, x, score_mod=lambda s, b, h, q, k: s + table[h], implementation="xla"
     )

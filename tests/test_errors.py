@@ -277,7 +277,7 @@ WRONG = [
     Wrong(ValueError, "implementation must be None or one of", implementation=True),
     Wrong(
         ValueError,
-        "one of 'default', 'high', 'highest'; got 'fp4'",
+        "one of 'default', 'high', 'highest', 'fp8'; got 'fp4'",
         precision="fp4",
     ),
     Wrong(

@@ -248,8 +248,9 @@ class Forward(Kernel):
 
     @property
     def is_patient(self) -> bool:
-        """See `PATIENCE`. 8-bit probabilities have no room to grow."""
-        return self.problem.Hv > _MANY and self.refs.scales is None
+        """See `PATIENCE`. 8-bit probabilities have no room to grow; masks by data no registers."""
+        p = self.problem
+        return p.Hv > _MANY and self.refs.scales is None and not p.masks_by_data
 
     def larger(self, m: jax.Array, candidate: jax.Array) -> jax.Array:
         """What probabilities are relative to, from what they were and what is the largest now."""
