@@ -73,6 +73,8 @@ def test_listing_names_every_table(capsys):
         "report",
         "footprint",
         "portable",
+        "fp8",
+        "accuracy",
         "scale",
         "tune",
         "speed",
