@@ -61,12 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 reasons[name] = found
                 continue
             program = Program(found.result(), arrays[name])
-            reason = _fault(name, program(), expected)
-            programs[name] = program
-            if reason:
-                reasons[name] = reason
-                is_wrong = True
-                del programs[name]
+            if reason := _fault(name, program(), expected):
+                reasons[name], is_wrong = reason, True
+            else:
+                programs[name] = program
         timings = interleaved(programs, clock, warmup=1, repeats=options.repeats)
         lines.append(_line(shape, timings, reasons, footnotes))
         print(*lines[-1], sep="  ", flush=True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import AbstractContextManager
+
+import jax
 
 # The fields of XLA's GpuTargetConfigProto, as text. CUDA's own limits are alike on all of them.
 _TARGET = """
@@ -114,3 +117,11 @@ GPUS = {
         clock_ghz=1.965,
     ),
 }
+
+
+def as_if_on(device_kind: str) -> AbstractContextManager[None]:
+    """What is traced is for a kind of GPU, as JAX names it, that may not be here."""
+    device = jax.sharding.AbstractDevice(device_kind, None, "gpu")
+    return jax.sharding.use_abstract_mesh(
+        jax.sharding.AbstractMesh((1,), ("device",), abstract_device=device)
+    )

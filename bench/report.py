@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import jaxflash
 from bench import results, seed
 from bench.capacity import format_bytes
-from bench.gpus import GPUS
+from bench.gpus import GPUS, as_if_on
 from bench.results import Line, markdown_table
 from pallas_kernels.spec.quantization import FP8
 
@@ -444,7 +444,7 @@ def versions(found: Found) -> str:
 
 def features(found: Found) -> str:
     """What each backend accepts on the device: asked, not written down."""
-    with _on(found.device):
+    with as_if_on(found.device):
         lines = []
         for name, question in _FEATURES.items():
             refusals = question()
@@ -502,13 +502,6 @@ _FEATURES: dict[str, Callable[[], dict[str, str | None]]] = {
     "float16": _asking(dtype=jnp.float16),
     "float32": _asking(dtype=jnp.float32),
 }
-
-
-def _on(device: str) -> Any:
-    """As if on a device that may not be here."""
-    abstract = jax.sharding.AbstractDevice(device, None, "gpu")
-    mesh = jax.sharding.AbstractMesh((1,), ("device",), abstract_device=abstract)
-    return jax.sharding.use_abstract_mesh(mesh)
 
 
 # Recommendations.

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from bench import results
+from bench.gpus import as_if_on
 
 WALL = "wall time around block_until_ready"
 CUPTI = "CUPTI device time, summed over the kernels of a call"
@@ -149,9 +150,7 @@ def _leave_gpu_alone() -> None:
 
 def _export(function: Callable[..., Any], structs: Any, device_kind: str) -> bytearray:
     """A function lowered for a kind of GPU, in bytes."""
-    device = jax.sharding.AbstractDevice(device_kind, None, "gpu")
-    mesh = jax.sharding.AbstractMesh((1,), ("device",), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
+    with as_if_on(device_kind):
         return jax.export.export(jax.jit(function), platforms=["cuda"])(*structs).serialize()
 
 

@@ -121,7 +121,7 @@ def dot_product_attention(
     """
     dispatch.check_name(implementation)
     checks.flag("return_residual", return_residual)
-    queries = checks.as_array("query", query)
+    queries = checks.operand("query", query)
     problem, operands = canonicalize(
         queries,
         key,
@@ -250,8 +250,8 @@ def quantize(
     if is_value and rotate:
         raise ValueError("values are not rotated: only products of queries and keys stay the same")
     quantize_flat = native.quantize if partitioning.is_local() else by_xla
-    values, scales = quantize_flat(flat(x), per, is_value, rotate)
     batch = x.shape[:-3]
+    values, scales = quantize_flat(flat(x, batch), per, is_value, rotate)
     values, scales = (y.reshape(*batch, *y.shape[1:]) for y in (values, scales))
     return QuantizedArray(values, scales, x.shape[-3], is_value, rotate)
 

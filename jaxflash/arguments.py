@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxflash import checks, quantization
 from jaxflash.device import target
+from jaxflash.quantization import flat
 from pallas_kernels import spec
 
 _SCORE_ARGUMENTS = "score, b, h, q_idx, kv_idx"
@@ -42,7 +43,7 @@ def canonicalize(
 ) -> tuple[spec.Problem, spec.Operands]:
     """Checks the arguments of ``dot_product_attention`` and flattens their batch axes."""
     query, key, value = (
-        checks.as_array(n, x) for n, x in (("query", query), ("key", key), ("value", value))
+        checks.operand(n, x) for n, x in (("query", query), ("key", key), ("value", value))
     )
     checks.qkv(query, key, value)
     batch = query.shape[:-3]
@@ -91,11 +92,6 @@ def canonicalize(
     return problem, operands
 
 
-def _flat(x: Any, batch: tuple[int, ...]) -> Any:
-    """Merges the leading batch axes into one."""
-    return x if len(batch) == 1 else x.reshape(math.prod(batch), *x.shape[len(batch) :])
-
-
 def _scale(scale: Any, H: int) -> float:
     if scale is None:
         return H**-0.5
@@ -138,7 +134,7 @@ def _flat_logits(x: Any, logits: tuple[int, ...], spread_dtype: Any) -> Any:
         return x.reshape(1, *x.shape[-3:])
     if batch != logits[:-3]:
         x = jnp.broadcast_to(x.astype(spread_dtype), logits[:-3] + x.shape[-3:])
-    return _flat(x, logits[:-3])
+    return flat(x, logits[:-3])
 
 
 def _integers(name: str, x: Any, shape: tuple[int, ...], axes: str, batch: tuple[int, ...]) -> Any:
@@ -147,7 +143,7 @@ def _integers(name: str, x: Any, shape: tuple[int, ...], axes: str, batch: tuple
     x = checks.as_array(name, x)
     checks.int32(name, x)
     checks.shaped(name, x, shape, axes)
-    return _flat(x, batch)
+    return flat(x, batch)
 
 
 def _segments(
@@ -176,7 +172,7 @@ def _offset(offset: Any, batch: tuple[int, ...]) -> tuple[int, Any]:
     if offset.shape == ():
         offset = jnp.broadcast_to(offset, batch)
     checks.shaped("query_offset", offset, batch, "[] or [*B]")
-    return 0, _flat(offset, batch)
+    return 0, flat(offset, batch)
 
 
 def _per_head(name: str, x: Any, N: int) -> Any:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxflash.quantization import QuantizedArray
 from pallas_kernels.spec.quantization import FP8
 
 FLOATS = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)))
@@ -17,14 +18,17 @@ PAGE_SIZES = (16, 32, 64, 128, 256)
 
 
 def as_array(name: str, x: Any) -> Any:
-    """``x`` as an array; quantised ones stay what they are."""
-    if hasattr(x, "dequantize"):
-        return x
+    """``x`` as an array."""
     is_number_or_list = isinstance(x, Sequence | numbers.Number) and not isinstance(x, str)
     is_array = hasattr(x, "dtype") or hasattr(x, "__jax_array__")
     if not is_array and not is_number_or_list:
         raise TypeError(f"{name} must be an array; got {_shown(x)}")
     return jnp.asarray(x)
+
+
+def operand(name: str, x: Any) -> Any:
+    """``x`` as an array, or quantised."""
+    return x if isinstance(x, QuantizedArray) else as_array(name, x)
 
 
 def qkv(query: Any, key: Any, value: Any) -> None:

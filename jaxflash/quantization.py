@@ -56,7 +56,7 @@ class QuantizedArray:
 
     def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
         """The array ``[*B, T, N, H]``; rotated, if it is."""
-        values, scales = flat(self.values), flat(self.scales, 2)
+        values, scales = (flat(x, self.shape[:-3]) for x in (self.values, self.scales))
         wide = rules.dequantize(values, scales, self.tokens, turned=self.is_value)
         return wide.reshape(self.shape).astype(dtype)
 
@@ -72,10 +72,10 @@ def by_xla(x: jax.Array, per: str, turned: bool, rotate: bool) -> tuple[jax.Arra
 
 def operands(query: Any, key: Any, value: Any) -> dict[str, Any]:
     """The three arrays, all quantised or none, and their scales, with one batch axis."""
-    given = {"query": query, "key": key, "value": value}
+    given, batch = {"query": query, "key": key, "value": value}, query.shape[:-3]
     quantized = [name for name, x in given.items() if isinstance(x, QuantizedArray)]
     if not quantized:
-        return {name: flat(x) for name, x in given.items()}
+        return {name: flat(x, batch) for name, x in given.items()}
     if len(quantized) < len(given):
         raise TypeError(
             f"query, key and value must be quantised all or none; got {quantized} quantised: "
@@ -88,8 +88,8 @@ def operands(query: Any, key: Any, value: Any) -> dict[str, Any]:
         )
     if query.is_value or key.is_value or not value.is_value:
         raise ValueError("quantise the value with is_value=True, query and key without")
-    found = {name: flat(x.values) for name, x in given.items()}
-    return found | {f"{name}_scale": flat(x.scales, 2) for name, x in given.items()}
+    found = {name: flat(x.values, batch) for name, x in given.items()}
+    return found | {f"{name}_scale": flat(x.scales, batch) for name, x in given.items()}
 
 
 def lowered(
@@ -143,7 +143,6 @@ def _zeroed_beyond(x: jax.Array, lengths: Any) -> jax.Array:
     return jnp.where(exists[:, :, None, None], x, 0)
 
 
-def flat(x: Any, others: int = 3) -> Any:
-    """Merges the batch axes, which lead so many others, into one."""
-    batch = x.shape[:-others]
-    return x if len(batch) == 1 else x.reshape(math.prod(batch), *x.shape[-others:])
+def flat(x: Any, batch: tuple[int, ...]) -> Any:
+    """Merges the leading batch axes into one."""
+    return x if len(batch) == 1 else x.reshape(math.prod(batch), *x.shape[len(batch) :])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -38,10 +39,8 @@ def maximum_if_much(old: jax.Array, new: jax.Array, much: float) -> jax.Array:
             for x in (new - old).registers.flat
         ]
         some, larger = _any_of_warp(grows), old.max(new)
-        registers = np.empty(old.registers.shape, dtype=object)
-        for at in np.ndindex(registers.shape):
-            registers[at] = arith.select(some, larger.registers[at], old.registers[at])
-        return fa.FragmentedArray(_registers=registers, _layout=old.layout, _is_signed=None)
+        pairs = zip(larger.registers.flat, old.registers.flat, strict=True)
+        return _like(old, [arith.select(some, *pair) for pair in pairs])
 
     return run(old, new)
 
@@ -69,17 +68,18 @@ def scaled_rows(pieces: Sequence[jax.Array], factor: jax.Array) -> tuple[jax.Arr
         with ir.InsertionPoint(branch.else_block):
             scf.yield_(before)
         after = iter(branch.results)
-        found = []
-        for piece in pieces:
-            registers = np.empty(piece.registers.shape, dtype=object)
-            for at in np.ndindex(registers.shape):
-                registers[at] = next(after)
-            found.append(
-                fa.FragmentedArray(_registers=registers, _layout=piece.layout, _is_signed=None)
-            )
-        return tuple(found)
+        return tuple(_like(x, itertools.islice(after, x.registers.size)) for x in pieces)
 
     return run(factor, *pieces)
+
+
+def _like(x: Any, registers: Iterable[Any]) -> Any:
+    """An array in the layout of another, float32."""
+    found = np.empty(x.registers.size, dtype=object)
+    for i, register in enumerate(registers):
+        found[i] = register
+    found = found.reshape(x.registers.shape)
+    return fa.FragmentedArray(_registers=found, _layout=x.layout, _is_signed=None)
 
 
 def _scalar(register: Any) -> Any:
