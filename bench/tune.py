@@ -137,6 +137,5 @@ def _run(
 
 
 def text_of(config: Config) -> str:
-    """What a configuration of 16-bit products is made of, in a short form."""
-    items = dataclasses.asdict(config).items()
-    return " ".join(f"{k}={v}" for k, v in items if k != "promote")
+    """What a configuration is made of, in a short form."""
+    return " ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items())

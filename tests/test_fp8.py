@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 import jaxflash
 from jaxflash.arguments import canonicalize
-from pallas_kernels import hopper
 from pallas_kernels.spec import quantization as rules
 from tests import oracle
 from tests.test_conformance import INTERPRETS, ON_GPU, running
@@ -89,8 +88,9 @@ def test_kernel_quantises_as_jnp(shape: tuple[int, ...], options: dict[str, Any]
     with jax.ensure_compile_time_eval():
         want = jaxflash.quantize(x.astype(jnp.float32), **options)
     np.testing.assert_allclose(found.scales, want.scales, rtol=1e-6)
+    differ = np.asarray(found.values) != np.asarray(want.values)
+    assert np.mean(differ) <= (0.001 if options.get("rotate") else 0)
     a, b = (np.asarray(y.dequantize()) for y in (found, want))
-    assert np.mean(a != b) <= (0.001 if options.get("rotate") else 0)
     step = float(jnp.max(want.scales)) * 2.0**-9  # of the smallest numbers
     np.testing.assert_allclose(a, b, rtol=0.13, atol=1.01 * step)
 
@@ -191,30 +191,16 @@ def test_out_and_lse(backend: Any, case: str) -> None:
         "out", *(np.asarray(x, np.float32) for x in (out, _attainable(*wide, options), truth)),
         jnp.bfloat16,
     )  # fmt: skip
-    np.testing.assert_allclose(lse, lse_of_truth, rtol=1e-4, atol=1e-4)
+    error = 1e-4 + (_error_of_logits(wide[0], wide[1], options) if backend == "hopper" else 0)
+    np.testing.assert_allclose(lse, lse_of_truth, rtol=1e-4, atol=error)
 
 
-@pytest.mark.parametrize("length", [150, 5000] if ON_GPU else [300] if INTERPRETS else [])
-@pytest.mark.kernel
-def test_products_added_by_themselves(length: int) -> None:
-    """The same but for what sums of 8-bit products cut off, which grows with the length."""
-    given = [
-        jaxflash.quantize(_random(1, length, 1, 64, seed=i), is_value=i == 2) for i in range(3)
-    ]
-    problem, operands = canonicalize(*given)
-    wide = [x.dequantize() for x in given]
-    truth, _ = _exact(*wide, {})
-    attained = np.asarray(_attainable(*wide, {}))
-
-    def error(promote: bool) -> float:
-        with running("hopper"):
-            config = hopper.Config(stages=4, promote=promote)
-            out = np.asarray(hopper.forward(problem, operands, config)[0], np.float32)
-        return float(np.linalg.norm(out - truth) / np.linalg.norm(truth))
-
-    best = float(np.linalg.norm(attained - truth) / np.linalg.norm(truth))
-    assert error(promote=True) <= 1.2 * best
-    assert error(promote=False) <= 5 * best
+def _error_of_logits(query: jax.Array, key: jax.Array, options: dict[str, Any]) -> float:
+    """The most that tensor cores lose, which keep some 13 bits when they add products of 8 bits."""
+    key = jnp.repeat(key, query.shape[2] // key.shape[2], axis=2)
+    sizes = jnp.einsum("btnh,bsnh->bnts", jnp.abs(query), jnp.abs(key), precision="highest")
+    scale = options.get("scale", query.shape[-1] ** -0.5)
+    return float(2.0**-13 * abs(scale) * jnp.max(sizes))
 
 
 @pytest.mark.parametrize("backend", [*_HOPPER, "xla"])

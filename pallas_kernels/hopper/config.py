@@ -30,7 +30,6 @@ class Config:
     q_stages: int = 2  # 1: the next tile's Q comes when this tile's scores are done
     late_wait: bool = False  # keep O += P V running during the exponentials
     ping_pong: bool = False  # consumers start their products in turns
-    promote: bool = False  # add products of 8 bits by themselves: see `Forward.promotes`
 
     def __post_init__(self) -> None:
         if self.consumers not in REGISTERS:
@@ -56,7 +55,7 @@ class Config:
             is_plain = not (modifies(problem) or problem.dropout_rate or problem.masks_by_data)
             if wide <= 64 and is_plain:
                 return cls(consumers=3, stages=4)
-            return cls(stages=4, promote=True)
+            return cls(stages=4)
         if wide > 128:
             large = cls(q_stages=1)
             fits = problem.Hv <= 128 and large.staging(problem.H, problem.Hv)

@@ -71,12 +71,11 @@ class Carry(NamedTuple):
     stats: Stats
     p: jax.Array  # [64, block_kv], a left operand, yet to be multiplied with its values
     o: tuple[jax.Array, ...]  # pieces of [64, Hv] float32, not normalised
-    decay: jax.Array | None = None  # what they are yet to be multiplied by, if products are added
 
     @classmethod
     def first(cls, k: Forward, stats: Stats, p: jax.Array) -> "Carry":
         o = tuple(mosaic.full((ROWS, n), 0, jnp.float32) for n in k.output_columns())
-        return cls(stats, p, o, mosaic.full((ROWS,), 1, jnp.float32) if k.promotes else None)
+        return cls(stats, p, o)
 
 
 def consume(k: Forward) -> None:
@@ -148,10 +147,8 @@ def visit_rest(c: Consumer, work: Work, round_: Any, step: Any, carry: Carry) ->
             # The barrier keeps ptxas from taking P for the product that is still running.
             stats, decay, p = lax.optimization_barrier(visit.softmax(carry.stats, s, raised))
             wait_early(k, j + 1 < walk.count, step + j + 1)
-            o = settled(k, carry, o)
+            o = settled(o)
             mosaic.barrier_arrive(r.v_free.at[before])
-            if k.promotes:
-                return Carry(stats, k.left_operand(p), o, decay)
             return Carry(stats, k.left_operand(p), k.decayed(o, decay))
 
         return one
@@ -184,7 +181,7 @@ def turn_overlapped(
     stats, _, p = c.visit(following, 0, k.masks).softmax(Stats.start(), s, raised)
     stats, p = lax.optimization_barrier((stats, p))
     wait_early(k, exists & (k.walk(following).count > 1), step + 1)
-    o = settled(k, carry, o)
+    o = settled(o)
     p = lax.optimization_barrier(k.left_operand(p))  # frees registers
     mosaic.barrier_arrive(r.v_free.at[before])
     store(c, work, o, factor)
@@ -198,7 +195,7 @@ def turn_apart(c: Consumer, work: Work, round_: Any, step: Any, carry: Carry) ->
     mosaic.barrier_wait(r.v_full.at[before])
     o = k.start_outputs(carry.p, before, carry.o)
     factor = finish(c, work, carry.stats)
-    o = settled(k, carry, o)
+    o = settled(o)
     mosaic.barrier_arrive(r.v_free.at[before])
     store(c, work, o, factor)
     tile, following = next_tile(k, round_)
@@ -229,14 +226,9 @@ def pass_turn(c: Consumer) -> None:
         mosaic.barrier_arrive(c.k.refs.turn.at[following])
 
 
-def settled(k: Forward, carry: Carry, products: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+def settled(products: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     """O, once the products that `start_outputs` started are done."""
-    products = tuple(mosaic.settle(x) for x in products)
-    if carry.decay is None:
-        return products
-    decay = carry.decay
-    pairs = zip(carry.o, products, strict=True)
-    return tuple(x * mosaic.spread_rows(decay, x.shape) + product for x, product in pairs)
+    return tuple(mosaic.settle(x) for x in products)
 
 
 def start_scores(c: Consumer, q_stage: Any, stage: Any) -> jax.Array:

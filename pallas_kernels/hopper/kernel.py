@@ -270,21 +270,12 @@ class Forward(Kernel):
             return p.astype(self.problem.dtype)
         return mosaic.as_left_operand(p.astype(self.problem.operands.value.dtype))
 
-    @property
-    def promotes(self) -> bool:
-        """Whether each product is added to O by itself.
-
-        A sum of products of 8 bits keeps some 13 bits: what is small beside it is cut off.
-        """
-        return self.refs.scales is not None and self.config.promote
-
     def start_outputs(
         self, p: jax.Array, stage: Any, o: tuple[jax.Array, ...]
     ) -> tuple[jax.Array, ...]:
-        """Starts O += P V, or P V alone, with what `left_operand` returned."""
+        """Starts O += P V with what `left_operand` returned."""
         v = self.refs.v_smem.at(stage)
-        sums: Any = (None,) * len(o) if self.promotes else o
-        return mosaic.start_columns(p, v, sums, transpose=self.refs.scales is not None)
+        return mosaic.start_columns(p, v, o, transpose=self.refs.scales is not None)
 
     def output_columns(self) -> list[int]:
         """Of the pieces that O has."""
