@@ -149,10 +149,11 @@ class Decoder(nnx.Module):
         """
         B, T = tokens.shape
         new = jnp.arange(T)
-        x = self.ends.embed(tokens, caches[0].lengths[:, None] + new)
+        lengths = caches[0].lengths  # of all layers: what follows from it is computed once
+        x = self.ends.embed(tokens, lengths[:, None] + new)
         found: list[Cache] = []
         for block, cache in zip(self.blocks, caches, strict=True):
-            x, extended = block(x, cache, counts)
+            x, extended = block(x, dataclasses.replace(cache, lengths=lengths), counts)
             found.append(cast(Cache, extended))
         last = jnp.full(B, T - 1) if counts is None else jnp.maximum(counts - 1, 0)
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]

@@ -124,8 +124,9 @@ class KVCache:
         checks.flag("debug_checks", debug_checks)
         self._check()
         B, S = self.key.shape[:2]
-        new_key, new_value = tokens.new_tokens(key, value, B, (self.key, self.value))
-        T = new_key.shape[1]
+        held = self.key, self.value
+        new = tokens.new_tokens(key, value, B, held)
+        T = new[0].shape[1]
         wanted = tokens.counted(counts, B, T, S, _REMEDY)
         rules = tokens.count_rules(self.lengths, wanted, T, S, _REMEDY)
         lengths = enforce(self.lengths, *rules, debug_checks=debug_checks)
@@ -133,12 +134,9 @@ class KVCache:
         steps = jnp.arange(T, dtype=jnp.int32)
         # S is past the end: a token at that place is dropped.
         place = jnp.where(steps < written[:, None], lengths[:, None] + steps, S)  # [B, T]
-        at = np.arange(B, dtype=np.int32)[:, None], place
-        return KVCache(
-            self.key.at[at].set(new_key, mode="drop"),
-            self.value.at[at].set(new_value, mode="drop"),
-            lengths + written,
-        )
+        sequence = np.arange(B, dtype=np.int32)[:, None]
+        new_key, new_value = tokens.write(held, new, sequence, place)
+        return KVCache(new_key, new_value, lengths + written)
 
     def _check(self) -> None:
         tokens.check_held("", self.key, self.value, ("[B, S, K, H]", "[B, S, K, Hv]"))

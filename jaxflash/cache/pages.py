@@ -7,6 +7,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
+from jaxflash.cache import tokens
 from jaxflash.cache.rules import Rule
 
 Pages = tuple[Any, ...]  # of arrays [P, page_size, K, _]
@@ -29,8 +30,7 @@ def write(
 ) -> Pages:
     """Pages with new tokens, each at a slot of a page."""
     # Page P is past the end: a token there is dropped.
-    at = jnp.where(is_written, page, len(held[0])), slot
-    return tuple(x.at[at].set(tokens, mode="drop") for x, tokens in zip(held, new, strict=True))
+    return tokens.write(held, new, jnp.where(is_written, page, len(held[0])), slot)
 
 
 def contiguous(

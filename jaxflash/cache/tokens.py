@@ -71,6 +71,20 @@ def fitting(lengths: Int32[Array, "B"], counts: Any, new: int, capacity: int) ->
     return jnp.clip(counts, 0, jnp.clip(room, 0, new))
 
 
+def write(
+    held: tuple[Any, ...], new: tuple[Any, ...], row: Any, place: Int32[Array, "B T"]
+) -> tuple[Any, ...]:
+    """Arrays [rows, places, K, _] with new ones [B, T, K, _] at rows and places [B, T].
+
+    What is past the end of either axis is dropped.
+    """
+    at: tuple[Any, ...] = row, place
+    if place.size == 1:
+        # XLA makes five small kernels of a scatter of one row, and one of a row for each head.
+        at = row[..., None], place[..., None], np.arange(held[0].shape[2], dtype=np.int32)
+    return tuple(x.at[at].set(tokens, mode="drop") for x, tokens in zip(held, new, strict=True))
+
+
 def check_held(prefix: str, key: Any, value: Any, axes: tuple[str, str]) -> None:
     """What a cache holds: two arrays of a floating dtype that agree but for their last axis."""
     for name, x, named in ((f"key{prefix}", key, axes[0]), (f"value{prefix}", value, axes[1])):
