@@ -24,8 +24,10 @@ from bench.shapes import DIRECTIONS, Direction, Shape, flops
 SUMMARY = "One causal sequence divided over 1, 2, 4, ... devices: tokens a second, efficiency."
 LENGTHS = (32768, 131072, 524288)
 _ALONE = 32768  # tokens of the problem that one device's rate is from
+_ALONE_NAME = "one device"
 _AXIS, _BY_TOKEN = "sequence", P(None, "sequence")
-_RUNS = 4
+_RUNS, _ENOUGH_S = 4, 1.0  # at the most; what takes so long is run once
+_ALLOWED = 0.01  # relative error: twice that of rounding to bfloat16 and more
 # Keys, values and their gradients travel at the same time.
 _OVERLAP: Any = {"xla_gpu_experimental_parallel_collective_overlap_limit": 4}
 
@@ -38,8 +40,9 @@ def gather(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     return jaxflash.dot_product_attention(query, key, value, is_causal=True, query_offset=offset)
 
 
+_STRIPED = "ring, striped"
 METHODS: dict[str, Callable[..., jax.Array]] = {
-    "ring, striped": functools.partial(
+    _STRIPED: functools.partial(
         jaxflash.ring_attention, axis_name=_AXIS, is_causal=True, layout="striped"
     ),
     "ring": functools.partial(jaxflash.ring_attention, axis_name=_AXIS, is_causal=True),
@@ -56,7 +59,7 @@ class Measured(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints and writes the table."""
+    """Measures, prints and writes the table; 1 when an answer was wrong."""
     parser = argparse.ArgumentParser(prog="python -m bench scale", description=SUMMARY)
     add = parser.add_argument
     add("--seq", type=int, nargs="+", metavar="T", default=LENGTHS, help="tokens of the whole")
@@ -69,21 +72,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     devices = jax.devices()
     counts = options.devices or [2**i for i in range(len(devices).bit_length())]
     counts = [n for n in counts if 1 < n <= len(devices)]
-    lines, records = [], []
+    lines, records, is_wrong = [], [], False
 
     def shape(length: int) -> Shape:
         return Shape(1, length, length, options.heads, options.heads, options.head_dim, True)
 
     for direction in DIRECTIONS:
-        alone = _measure(None, shape(options.alone), direction, 1)
-        rate = flops(shape(options.alone), direction) / alone.seconds
+        known = shape(options.alone)
+        alone = _measure(_ALONE_NAME, known, direction, 1)
+        rate = flops(known, direction) / alone.seconds
+        errors = {
+            (count, name): _error(name, known, direction, count)
+            for count in counts
+            for name in METHODS
+        }
+        is_wrong |= not max(errors.values(), default=0.0) <= _ALLOWED
         for length in options.seq:
             for count in counts:
-                for name, method in METHODS.items():
+                for name in METHODS:
                     row = {"direction": direction, "length": length, "devices": count}
                     row |= {"method": name, "one_device_tflops": rate / 1e12}
+                    row |= {"error": errors[count, name], "error_at": options.alone}
                     try:
-                        found = _measure(method, shape(length), direction, count)
+                        found = _measure(name, shape(length), direction, count)
                     except (jax.errors.JaxRuntimeError, ValueError) as error:
                         records.append(row | {"reason": results.first_line(error)[:200]})
                         lines.append(_line(row, None, 0.0))
@@ -93,10 +104,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                     lines.append(_line(row, found, share))
                     print(" | ".join(lines[-1]), flush=True)
     headers = ["", "T", "devices", "by", "ms", "tokens a second", "efficiency", "memory a device"]
+    headers += ["error"]
     sections = [
         f"Causal, batch 1, {options.heads} heads of {options.head_dim}, bfloat16; wall time. "
         "`efficiency`: each device's FLOP/s by those of `dot_product_attention` at "
-        f"{options.alone} tokens on one device. Striped arrays are taken as they are.",
+        f"{options.alone} tokens on one device. Striped arrays are taken as they are. `error`: of "
+        "outputs or gradients, the largest, relative to those of one device (root of the sums of "
+        f"squares) at {options.alone} tokens.",
         results.markdown_table(headers, lines),
     ]
     origin = results.origin(devices[0]) | {"device_count": len(devices)}
@@ -104,17 +118,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "scale", "", "Sequences over several devices", sections, [r | origin for r in records]
     )
     results.publish(report, devices[0], options.out)
-    return 0
+    return int(is_wrong)
 
 
-def _measure(
-    method: Callable[..., jax.Array] | None, shape: Shape, direction: Direction, count: int
-) -> Measured:
-    mesh = Mesh(np.array(jax.devices()[:count]), (_AXIS,))
-    sharding = NamedSharding(mesh, _BY_TOKEN)
+@functools.lru_cache(maxsize=8)
+def _compiled(name: str, shape: Shape, direction: Direction, count: int) -> Any:
     attend: Any = functools.partial(jaxflash.dot_product_attention, is_causal=True)
-    if method is not None:
-        attend = jax.shard_map(method, mesh=mesh, in_specs=_BY_TOKEN, out_specs=_BY_TOKEN)
+    sharding = _sharding(count)
+    if name != _ALONE_NAME:
+        attend = jax.shard_map(
+            METHODS[name], mesh=sharding.mesh, in_specs=_BY_TOKEN, out_specs=_BY_TOKEN
+        )
 
     def loss(*qkv: jax.Array) -> jax.Array:
         return jnp.sum(attend(*qkv).astype(jnp.float32))
@@ -122,29 +136,68 @@ def _measure(
     function = attend if direction == "forward" else jax.grad(loss, (0, 1, 2))
     options = _OVERLAP if jax.default_backend() == "gpu" else None
     structs = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in shape.structs()]
-    compiled = jax.jit(function).lower(*structs).compile(compiler_options=options)
+    return jax.jit(function).lower(*structs).compile(compiler_options=options)
+
+
+def _sharding(count: int) -> NamedSharding:
+    return NamedSharding(Mesh(np.array(jax.devices()[:count]), (_AXIS,)), _BY_TOKEN)
+
+
+def _inputs(shape: Shape, sharding: Any) -> tuple[jax.Array, ...]:
+    structs = shape.structs()
     make = jax.jit(
         lambda: tuple(
-            jax.random.normal(jax.random.key(i, impl="rbg"), x.shape, x.dtype)
+            jax.random.normal(jax.random.key(i, impl="rbg"), x.shape).astype(x.dtype)
             for i, x in enumerate(structs)
         ),
         out_shardings=(sharding,) * len(structs),
     )
-    arrays = make()
-    jax.block_until_ready(compiled(*arrays))
-    start = time.perf_counter()
-    for _ in range(_RUNS):
-        found = compiled(*arrays)
-    jax.block_until_ready(found)
-    seconds = (time.perf_counter() - start) / _RUNS
+    return make()
+
+
+def _measure(name: str, shape: Shape, direction: Direction, count: int) -> Measured:
+    compiled, arrays = _compiled(name, shape, direction, count), _inputs(shape, _sharding(count))
+
+    def seconds_of(runs: int) -> float:
+        start = time.perf_counter()
+        for _ in range(runs):
+            found = compiled(*arrays)
+        jax.block_until_ready(found)
+        return (time.perf_counter() - start) / runs
+
+    seconds_of(1)
+    seconds = seconds_of(1)
+    if seconds < _ENOUGH_S:
+        seconds = seconds_of(_RUNS)
     memory = program_bytes(compiled)
     return Measured(seconds, None if memory is None else sum(memory))
+
+
+def _error(name: str, shape: Shape, direction: Direction, count: int) -> float:
+    """The largest relative error of the arrays that a method returns."""
+    arrays = _inputs(shape, _sharding(1))
+    expected = jax.tree.leaves(_compiled(_ALONE_NAME, shape, direction, 1)(*arrays))
+    if name == _STRIPED:
+        arrays = tuple(jaxflash.stripe(x, count) for x in arrays)
+    given = (jax.device_put(x, _sharding(count)) for x in arrays)
+    found = jax.tree.leaves(_compiled(name, shape, direction, count)(*given))
+    found = [jax.device_put(x, _sharding(1)) for x in found]
+    if name == _STRIPED:
+        found = [jaxflash.unstripe(x, count) for x in found]
+    return max(float(_distance(*pair)) for pair in zip(found, expected, strict=True))
+
+
+@jax.jit
+def _distance(found: jax.Array, expected: jax.Array) -> jax.Array:
+    a, b = (x.astype(jnp.float32) for x in (found, expected))
+    return jnp.linalg.norm((a - b).ravel()) / jnp.linalg.norm(b.ravel())
 
 
 def _line(row: dict[str, Any], found: Measured | None, share: float) -> list[str]:
     label = [row["direction"], str(row["length"]), str(row["devices"]), row["method"]]
     if found is None:
-        return [*label, "-", "-", "-", "-"]
+        return [*label, *"-----"]
     tokens = row["length"] / found.seconds
     memory = "-" if found.memory is None else format_bytes(found.memory)
-    return [*label, f"{found.seconds * 1e3:.4g}", f"{tokens:.4g}", f"{share:.1%}", memory]
+    measured = [f"{found.seconds * 1e3:.4g}", f"{tokens:.4g}", f"{share:.1%}", memory]
+    return [*label, *measured, f"{row['error']:.1e}"]

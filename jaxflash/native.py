@@ -21,7 +21,7 @@ def quantize(x: jax.Array, per: str, turned: bool, rotate: bool) -> tuple[jax.Ar
 
     @jax.custom_batching.custom_vmap
     def call(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return hopper.quantize(x, turned=turned, rotate=rotate)
+        return varying_like(x, hopper.quantize(x, turned=turned, rotate=rotate))
 
     @call.def_vmap
     def rule(size: int, _: Any, x: jax.Array) -> Any:
@@ -57,4 +57,4 @@ def backward(problem: spec.Problem, operands: spec.Operands, *rest: jax.Array) -
     """Gradients by the kernel where it has them, else by XLA; takes out, lse and cotangents."""
     if hopper.supports_backward(problem):
         return xla.backward(problem, operands, *rest)
-    return varying_like(operands, _backward(problem, operands, *rest))
+    return _backward(problem, operands, *rest)

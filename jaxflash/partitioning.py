@@ -18,6 +18,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxflash.folding import Function
+from jaxflash.varying import varying_like
 from pallas_kernels import spec
 
 # Axes of results, as `spec.AXES` has those of operands.
@@ -106,8 +107,11 @@ def partitioned(function: Function, has_effects: Callable[[], bool] = lambda: Fa
     rule = _rule(function)
 
     def run(problem: spec.Problem, operands: spec.Operands, *rest: jax.Array) -> Any:
-        is_direct = is_local() or has_effects()
-        return (function if is_direct else rule)(problem, operands, *rest)
+        if not (is_local() or has_effects()):
+            return rule(problem, operands, *rest)
+        # Results of a kernel are typed as the same on all devices. Made to vary by the caller, their
+        # cotangents would be summed over devices.
+        return varying_like(operands, function(problem, operands, *rest))
 
     return run
 

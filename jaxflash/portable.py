@@ -9,7 +9,6 @@ import jax
 from jaxflash import xla
 from jaxflash.folding import folding
 from jaxflash.partitioning import partitioned
-from jaxflash.varying import varying_like
 from pallas_kernels import spec
 
 
@@ -44,5 +43,4 @@ def backward(problem: spec.Problem, operands: spec.Operands, *rest: jax.Array) -
     kernels, _ = _kernels()
     if kernels.supports_backward(problem):
         return xla.backward(problem, operands, *rest)
-    found = folding(partitioned(kernels.backward), differentiates=True)(problem, operands, *rest)
-    return varying_like(operands, found)
+    return folding(partitioned(kernels.backward), differentiates=True)(problem, operands, *rest)

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxflash
 from tests.oracle import error
+from tests.test_conformance import INTERPRETS, KERNELS, running
 
 B, T, S, N, K, H = 4, 40, 56, 4, 4, 8
 
@@ -220,6 +221,32 @@ def test_shard_map(check_vma: bool) -> None:
     actual = jax.jit(jax.grad(lambda g: jnp.sum(jnp.sin(sharded(g, lengths)))))(given)
     truth = jax.grad(lambda g: jnp.sum(jnp.sin(attend(g, lengths, "reference"))))(given)
     _assert_close(actual, truth)
+
+
+@pytest.mark.parametrize("backend", ["xla", *(KERNELS if INTERPRETS else ())])
+def test_results_vary_over_the_axes_of_operands(backend: Any) -> None:
+    """Of a result typed as the same on all devices, cotangents would be summed over them."""
+    x, cache = (jnp.zeros((B, n, 2, 64), jnp.bfloat16) for n in (64, 128))
+    found: list[jax.Array] = []
+
+    def local(x: jax.Array, cache: jax.Array) -> jax.Array:
+        options = {"implementation": backend, "return_residual": True}
+
+        def attend(x: jax.Array) -> Any:
+            return jaxflash.dot_product_attention(x, x, x, **options)
+
+        results, pull = jax.vjp(attend, x)
+        lengths = jnp.full(len(x), 100, jnp.int32)
+        decoded = jaxflash.decode_attention(x[:, :1], cache, cache, lengths, **options)
+        quantized = jaxflash.quantize(x)
+        found.extend(jax.tree.leaves((results, pull(results), decoded, quantized)))
+        return results[0]
+
+    sharded = jax.shard_map(local, mesh=_mesh(), in_specs=P("batch"), out_specs=P("batch"))
+    with running(backend):
+        jax.make_jaxpr(sharded)(x, cache)
+    assert len(found) == 7
+    assert {jax.typeof(y).manual_axis_type.varying for y in found} == {frozenset({"batch"})}
 
 
 def test_shard_map_with_functions_of_elements() -> None:
