@@ -109,8 +109,8 @@ def partitioned(function: Function, has_effects: Callable[[], bool] = lambda: Fa
     def run(problem: spec.Problem, operands: spec.Operands, *rest: jax.Array) -> Any:
         if not (is_local() or has_effects()):
             return rule(problem, operands, *rest)
-        # Results of a kernel are typed as the same on all devices. Made to vary by the caller, their
-        # cotangents would be summed over devices.
+        # Results of a kernel are typed as the same on all devices. Were they made to vary by the
+        # caller, their cotangents would be summed over devices.
         return varying_like(operands, function(problem, operands, *rest))
 
     return run

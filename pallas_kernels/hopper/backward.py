@@ -105,7 +105,7 @@ def backward(
     launch = mosaic.kernel(
         backward_kernel,
         out_type=_outputs(problem, c, forms, adds_keys, q_blocks, kv_blocks),
-        scratch_types=list(forms.scratch(c, p.dtype).values()),
+        scratch_types=list(forms.scratch(p, c).values()),
         grid={"block": blocks},
         threads=("warpgroup", CONSUMERS + 1),
         # As in the forward; what a thread of dS writes, `commit_smem` shows to the product that

@@ -19,6 +19,7 @@ from jax import lax
 from pallas_kernels import mosaic
 from pallas_kernels.hopper.backward_kernel import CONSUMERS, KeyWork
 from pallas_kernels.hopper.backward_visit import (
+    At,
     Carry,
     Consumer,
     Here,
@@ -38,7 +39,7 @@ from pallas_kernels.hopper.config import ROWS
 def begin(c: Consumer, work: KeyWork, step: Any) -> Carry:
     """The first visit of a tile of keys."""
     k = c.k
-    here = c.here(work, 0, 0, k.masks, step)
+    here = c.here(work, At(0, 0, step), k.masks)
     dk, dv = (
         mosaic.full((ROWS, form.columns // CONSUMERS), 0, jnp.float32)
         for form in (k.forms.k, k.forms.v)
@@ -50,8 +51,9 @@ def begin(c: Consumer, work: KeyWork, step: Any) -> Carry:
     return multiply(c, work, here, weights, ds, Carry(dk, dv, sums, None))
 
 
-def visit(c: Consumer, work: KeyWork, here: Here, masked: bool, carry: Carry) -> Carry:
+def visit(c: Consumer, work: KeyWork, at: At, masked: bool, carry: Carry) -> Carry:
     """A visit, with what it takes to complete dV of the one before."""
+    here = c.here(work, at, masked)
     s, dp = start_tile(c, here)
     dv = start_dv(c, here.step - 1, carry)
     s, dp = mosaic.settle(s, in_flight=2), mosaic.settle(dp, in_flight=1)
@@ -78,7 +80,6 @@ BY_COLUMNS = Order(begin, visit, finish)
 def start_tile(c: Consumer, here: Here) -> tuple[jax.Array, jax.Array]:
     """Starts S^T = K Q^T and dP^T = V dO^T of this consumer's rows."""
     r = c.k.refs
-    mosaic.barrier_wait(r.q_full.at[here.stage])
     rows = pl.ds(here.first, c.k.config.rows)
     s = mosaic.start(c.keys(c.group), r.q_smem.at(here.stage).rows(rows), transpose_b=True)
     mosaic.barrier_wait(r.do_full.at[here.stage])

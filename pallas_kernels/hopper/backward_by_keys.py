@@ -19,6 +19,7 @@ from jax import lax
 from pallas_kernels import mosaic
 from pallas_kernels.hopper.backward_kernel import CONSUMERS, KeyWork
 from pallas_kernels.hopper.backward_visit import (
+    At,
     Carry,
     Consumer,
     Here,
@@ -40,30 +41,29 @@ class Last(NamedTuple):
     """Where dQ goes that is yet to be computed, of dS in shared memory."""
 
     head: Any
-    row0: Any
+    row: Any  # `Here.row`
 
 
 def begin(c: Consumer, work: KeyWork, step: Any) -> Carry:
     """The first visit of a tile of keys."""
     k = c.k
-    here = c.here(work, 0, 0, k.masks, step)
+    here = c.here(work, At(0, 0, step), k.masks)
     dk, dv = (mosaic.full((ROWS, form.columns), 0, jnp.float32) for form in (k.forms.k, k.forms.v))
-    mosaic.barrier_wait(k.refs.q_full.at[here.stage])
     weights = probabilities(c, here, mosaic.settle(start_scores(c, here.stage)))
     mosaic.barrier_wait(k.refs.v_full)
     return differentiate(c, here, weights, dk, dv, nothing_summed(k))
 
 
-def visit(c: Consumer, work: KeyWork, here: Here, masked: bool, carry: Carry) -> Carry:
+def visit(c: Consumer, work: KeyWork, at: At, masked: bool, carry: Carry) -> Carry:
     """A visit, with dQ of the one before."""
-    q_full, before = c.k.refs.q_full.at[here.stage], c.slot(here.step - 1)
+    before = c.slot(at.step - 1)
     if masked:  # one after the other, or registers run out
         dq = mosaic.settle(start_dq(c, before))
         add_share(c, work, carry.last, units_of_share(c, work, carry.last), dq)
-        mosaic.barrier_wait(q_full)
+        here = c.here(work, at, masked)
         weights = probabilities(c, here, mosaic.settle(start_scores(c, here.stage)))
     else:
-        mosaic.barrier_wait(q_full)
+        here = c.here(work, at, masked)
         s = start_scores(c, here.stage)
         dq = start_dq(c, before)
         units = units_of_share(c, work, carry.last)
@@ -98,7 +98,7 @@ def differentiate(
     (dk,) = mosaic.start_columns(ds, r.q_smem.at(here.stage), (dk,))
     dv, dk = mosaic.settle(dv, in_flight=1), mosaic.settle(dk)
     mosaic.barrier_arrive(r.free.at[here.stage])
-    return Carry(dk, dv, sums, Last(here.of_rows.head, here.row0))
+    return Carry(dk, dv, sums, Last(here.of_rows.head, here.row))
 
 
 def finish(c: Consumer, work: KeyWork, step: Any, carry: Carry) -> None:
@@ -147,12 +147,12 @@ def start_dq(c: Consumer, slot: Any) -> jax.Array:
 
 
 def units_of_share(c: Consumer, work: KeyWork, last: Last) -> Any:
-    return units_of_rows(c, work, last.head, last.row0 + share(c)[0] * ROWS)
+    return units_of_rows(c, work, last.head, c.row0(last.row) + share(c)[0] * ROWS)
 
 
 def add_share(c: Consumer, work: KeyWork, last: Last, units: Any, dq: jax.Array) -> None:
     rows, strip = share(c)
-    add_dq(c, work, last.head, last.row0 + rows * ROWS, strip, units, dq)
+    add_dq(c, work, last.head, c.row0(last.row) + rows * ROWS, strip, units, dq)
 
 
 def store(c: Consumer, work: KeyWork, x: jax.Array, gmem: mosaic.Ref) -> None:

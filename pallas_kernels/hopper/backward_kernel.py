@@ -117,6 +117,15 @@ def key_sums(problem: spec.Problem) -> tuple[str, ...]:
     return tuple(name for name, is_ in found.items() if is_)
 
 
+def tells_rows(problem: spec.Problem) -> bool:
+    """Whether the producer tells consumers which rows come.
+
+    A walk that is read from global memory would cost them registers that wide heads do not leave:
+    ptxas then has each product wait for the one before.
+    """
+    return problem.masks_by_data and max(problem.H, problem.Hv) > ROWS
+
+
 class Refs(NamedTuple):
     """Global memory, shared memory, barriers."""
 
@@ -141,12 +150,13 @@ class Refs(NamedTuple):
     p_smem: mosaic.Matrix  # likewise, if by_columns
     out_smem: mosaic.Matrix  # [consumers, 64, H or Hv]: dV, then dK; unless by_columns
     stats_smem: mosaic.Ref  # [stages, 2 * block_q] float32
-    tile_smem: mosaic.Ref  # [key_stages + 1] int32: which tiles of keys come next; a number taken
+    # [key_stages + 1 + 2 stages] int32: which tiles of keys come next; a number taken; first rows
+    tile_smem: mosaic.Ref
     k_full: mosaic.Ref  # [key_stages]
     k_free: mosaic.Ref  # [key_stages]
     v_full: mosaic.Ref  # [1]
     v_free: mosaic.Ref  # [1]
-    q_full: mosaic.Ref  # [stages]: Q and the statistics
+    q_full: mosaic.Ref  # [stages]: Q and the statistics, and which rows they are
     do_full: mosaic.Ref  # [stages]
     free: mosaic.Ref  # [stages]: of Q and the statistics, and of dO unless by_columns
     do_free: mosaic.Ref  # [stages]: of dO, if by_columns
@@ -186,9 +196,9 @@ class BackwardForms(NamedTuple):
         """How many copies it takes to have K, and V, of a tile of keys."""
         return c.key_groups * self.k.copies, c.key_groups * self.v.copies
 
-    def scratch(self, c: BackwardConfig, dtype: Any) -> dict[str, Any]:
+    def scratch(self, p: spec.Problem, c: BackwardConfig) -> dict[str, Any]:
         """Shared memory and barriers, by their names in `Refs`; matrices are lists."""
-        of_q, of_do = self.q.copies, self.do.copies
+        dtype, of_q, of_do = p.dtype, self.q.copies, self.do.copies
         of_k, of_v = self.of_tile(c)
         return {
             "k_smem": self.k.smem(c.key_stages, c.key_groups, dtype=dtype),
@@ -202,12 +212,12 @@ class BackwardForms(NamedTuple):
                 else {"out_smem": self.k.smem(CONSUMERS, dtype=dtype)}
             ),
             "stats_smem": mosaic.SMEM((c.stages, 2 * c.block_q), jnp.float32),
-            "tile_smem": mosaic.SMEM((c.key_stages + 1,), jnp.int32),
+            "tile_smem": mosaic.SMEM((c.key_stages + 1 + 2 * c.stages,), jnp.int32),
             "k_full": mosaic.Barrier(num_barriers=c.key_stages, num_arrivals=of_k + 1),
             "k_free": mosaic.Barrier(num_barriers=c.key_stages, num_arrivals=CONSUMERS),
             "v_full": mosaic.Barrier(num_arrivals=of_v),
             "v_free": mosaic.Barrier(num_arrivals=CONSUMERS),
-            "q_full": mosaic.Barrier(num_barriers=c.stages, num_arrivals=of_q + 1),
+            "q_full": mosaic.Barrier(num_barriers=c.stages, num_arrivals=of_q + 1 + tells_rows(p)),
             "do_full": mosaic.Barrier(num_barriers=c.stages, num_arrivals=of_do),
             "free": mosaic.Barrier(num_barriers=c.stages, num_arrivals=CONSUMERS),
             "do_free": mosaic.Barrier(num_barriers=c.stages, num_arrivals=CONSUMERS),
@@ -234,7 +244,7 @@ class BackwardForms(NamedTuple):
         found["dbias_gmem"] = next(given) if stored else found["dbias_gmem"]
         found["sums_gmem"] = next(given) if key_sums(p) else None
         found.update(p_smem=None, out_smem=None)
-        for name, kind in self.scratch(c, p.dtype).items():
+        for name, kind in self.scratch(p, c).items():
             ref = next(given)
             found[name] = mosaic.Matrix.of(ref) if isinstance(kind, list) else ref
         return Refs(*inputs, **found)
@@ -255,6 +265,10 @@ class Backward(Kernel):
     config: BackwardConfig
     forms: BackwardForms
     refs: Refs
+
+    def place_of_row(self, step: Any) -> Any:
+        """In `tile_smem`, of the first row of a visit; it stays until the next one is done."""
+        return self.config.key_stages + 1 + lax.rem(step, 2 * self.config.stages)
 
     def work(self, tile: Any) -> KeyWork:
         """The tile of keys that comes at a place of the order: the first ones have most to do."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import mosaic
-from pallas_kernels.hopper.backward_kernel import Backward, KeyWork
+from pallas_kernels.hopper.backward_kernel import Backward, KeyWork, tells_rows
 from pallas_kernels.hopper.config import ROWS
 from pallas_kernels.hopper.producer import Hidden, arrive, drain, each_tile, zero_hidden
 
@@ -121,6 +121,10 @@ def produce_rows(
         empty = None if r.empty is None else r.empty[work.batch, head, q_block] > 0
         again = step + j >= c.stages
         pl.when(again)(lambda: mosaic.barrier_wait(r.free.at[stage]))
+        if tells_rows(k.problem):
+            r.tile_smem[k.place_of_row(step + j)] = q_block * c.block_q
+            mosaic.commit_smem()
+            mosaic.barrier_arrive(r.q_full.at[stage])
         mosaic.copy_gmem_to_smem(stats_gmem, r.stats_smem.at[stage], r.q_full.at[stage])
 
         def copy(q_barrier: mosaic.Ref, do_barrier: mosaic.Ref) -> None:

@@ -21,6 +21,7 @@ from pallas_kernels.hopper.backward_kernel import (
     KeyWork,
     key_sums,
     stores_bias,
+    tells_rows,
 )
 from pallas_kernels.hopper.config import ROWS
 from pallas_kernels.hopper.kernel import LOG2_E
@@ -34,14 +35,23 @@ class Consumer(NamedTuple):
     me: Any  # which one
     place: Any = 0  # of K
 
-    def here(self, work: KeyWork, member: Any, number: Any, masked: bool, step: Any) -> "Here":
-        """A visit to a head, by its number."""
-        c, of_rows = self.k.config, self.k.of_group(work, member)
-        row0 = self.k.walk(work, member).tile(number) * c.block_q
+    def here(self, work: KeyWork, at: "At", masked: bool) -> "Here":
+        """A visit, once Q and the statistics are there."""
+        c, of_rows, stage = self.k.config, self.k.of_group(work, at.member), self.stage(at.step)
+        mosaic.barrier_wait(self.k.refs.q_full.at[stage])
+        told = tells_rows(self.k.problem)
+        row = at.step if told else self.k.walk(work, at.member).tile(at.number) * c.block_q
+        row0 = self.row0(row)
         first = self.me * c.rows if c.by_columns else 0
         span = tiles.Span(row0 + first, self.key0(work), (ROWS, c.rows), turned=True)
         visit = Visit.of(self.k, of_rows, lambda: span, masked)
-        return Here(visit, of_rows, span, row0, first, step, self.stage(step), self.slot(step))
+        return Here(visit, of_rows, span, row, row0, first, at.step, stage, self.slot(at.step))
+
+    def row0(self, row: Any) -> Any:
+        """The first row of Q, from what `Here.row` is."""
+        if not tells_rows(self.k.problem):
+            return row
+        return mosaic.uniform(self.k.refs.tile_smem[self.k.place_of_row(row)])
 
     def stage(self, step: Any) -> Any:
         """Where Q and dO of a visit are."""
@@ -74,15 +84,24 @@ class Consumer(NamedTuple):
         return self._replace(me=mosaic.uniform(self.me), place=place)
 
 
+class At(NamedTuple):
+    """Which visit it is."""
+
+    member: Any  # of the group
+    number: Any  # in the walk
+    step: Any  # how many visits came before, to this and to other tiles of keys
+
+
 class Here(NamedTuple):
     """A visit, and where it is."""
 
     visit: Visit
     of_rows: Work
     span: tiles.Span  # of this consumer's logits
+    row: Any  # `row0`, or the step by which the producer has told of it
     row0: Any  # of the tile of queries
     first: Any  # row of it that is this consumer's
-    step: Any  # how many visits came before, to this and to other tiles of keys
+    step: Any
     stage: Any
     slot: Any
 
@@ -107,7 +126,7 @@ class Order(NamedTuple):
     """In which order a consumer does what there is to do for a tile of keys."""
 
     begin: Callable[[Consumer, KeyWork, Any], Carry]
-    visit: Callable[[Consumer, KeyWork, Here, bool, Carry], Carry]
+    visit: Callable[[Consumer, KeyWork, At, bool, Carry], Carry]
     finish: Callable[[Consumer, KeyWork, Any, Carry], None]
 
 
@@ -146,9 +165,8 @@ def attend(c: Consumer, order: Order, work: KeyWork, step: Any) -> Any:
         def visits(masked: bool) -> Any:
             def one(number: Any, carry: Carry) -> Carry:
                 fresh = c.fresh()
-                here = fresh.here(work, member, number, masked, step + number)
                 carry = carry._replace(last=jax.tree.map(mosaic.uniform, carry.last))
-                return order.visit(fresh, work, here, masked, carry)
+                return order.visit(fresh, work, At(member, number, step + number), masked, carry)
 
             return one
 
