@@ -18,7 +18,7 @@ from bench.models.generate import prefill as prefill_step
 from bench.throughput import attention_of
 
 SUMMARY = "Tokens a second in generation: Llama 2 7B by context, GPT-2, GPT-J and GPT-NeoX."
-_STEPS = 32
+_STEPS = 128
 _TINY = Config("tiny", 64, 32, 2, 4, 48, positions=4096)
 
 
@@ -45,7 +45,7 @@ class Problem(NamedTuple):
 def problems(*, tiny: bool) -> list[Problem]:
     """The seed's rows."""
     if tiny:
-        return [Problem(_TINY, 128, None)]
+        return [Problem(_TINY, 512, None)]
     llama = [Problem(MODELS["llama-2-7b"], n, claim) for n, claim in seed.GENERATION.items()]
     return llama + [Problem(MODELS[name], 1024, claim) for name, claim in seed.GPT_MODELS.items()]
 
