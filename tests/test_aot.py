@@ -195,9 +195,10 @@ def test_hopper_backward_compiles_without_spills(name: str) -> None:
     )
     kernels = aot.compile_for(jax.grad(loss, (0, 1, 2)), q, k, v, gpu="h100").kernels
     assert [kernel.name for kernel in kernels] == ["forward_kernel", "backward_kernel"]
-    # The compiler of JAX 0.12 keeps one register less for a tile whose dK and dV are added up.
-    adds = name.startswith("divided-") and jax.__version_info__ >= (0, 12)
-    _assert_fast(kernels[1], spilled=4 if adds else 0)
+    # The compiler of JAX 0.12 keeps one register less: it spills one where dK and dV are added up,
+    # and one, loaded six times, where the producer tells which rows come.
+    spilled = 4 if name.startswith("divided-") else 24 if name in ("lengths", "offset") else 0
+    _assert_fast(kernels[1], spilled=spilled if jax.__version_info__ >= (0, 12) else 0)
 
 
 def _triton_forms() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
