@@ -96,7 +96,9 @@ def score_matrix_bytes(shape: Shape) -> int:
     return shape.batch * shape.query_heads * shape.query_length * shape.key_length * shape.itemsize
 
 
-def random_inputs(shape: Shape, direction: Direction, seed: int = 0) -> tuple[jax.Array, ...]:
+def random_inputs(
+    shape: Shape, direction: Direction, seed: int = 0, sharding: jax.sharding.Sharding | None = None
+) -> tuple[jax.Array, ...]:
     """Draws query, key, value and, for gradients, the output's cotangent from normal(0, 1)."""
     structs: list[jax.ShapeDtypeStruct] = list(shape.structs())
     if direction == "forward+backward":
@@ -112,7 +114,7 @@ def random_inputs(shape: Shape, direction: Direction, seed: int = 0) -> tuple[ja
             for key, struct in zip(keys, structs, strict=True)
         )
 
-    return jax.jit(draw)()
+    return jax.jit(draw, out_shardings=sharding)()
 
 
 INPUT_DISTRIBUTION = "normal(0, 1), the same buffers in every repeat"

@@ -88,9 +88,11 @@ def test_kernel_quantises_as_jnp(shape: tuple[int, ...], options: dict[str, Any]
     with jax.ensure_compile_time_eval():
         want = jaxflash.quantize(x.astype(jnp.float32), **options)
     np.testing.assert_allclose(found.scales, want.scales, rtol=1e-6)
-    differ = np.asarray(found.values) != np.asarray(want.values)
-    assert np.mean(differ) <= (0.001 if options.get("rotate") else 0)
     a, b = (np.asarray(y.dequantize()) for y in (found, want))
+    if options.get("rotate"):  # scales differ in the last bit, too
+        assert np.mean(np.asarray(found.values) != np.asarray(want.values)) <= 0.001
+    else:
+        np.testing.assert_array_equal(a, b)
     step = float(jnp.max(want.scales)) * 2.0**-9  # of the smallest numbers
     np.testing.assert_allclose(a, b, rtol=0.13, atol=1.01 * step)
 
@@ -191,7 +193,8 @@ def test_out_and_lse(backend: Any, case: str) -> None:
         "out", *(np.asarray(x, np.float32) for x in (out, _attainable(*wide, options), truth)),
         jnp.bfloat16,
     )  # fmt: skip
-    error = 1e-4 + (_error_of_logits(wide[0], wide[1], options) if backend == "hopper" else 0)
+    by_tensor_cores = backend == "hopper" and ON_GPU
+    error = 1e-4 + (_error_of_logits(wide[0], wide[1], options) if by_tensor_cores else 0)
     np.testing.assert_allclose(lse, lse_of_truth, rtol=1e-4, atol=error)
 
 

@@ -123,7 +123,7 @@ def tells_rows(problem: spec.Problem) -> bool:
     A walk that is read from global memory would cost them registers that wide heads do not leave:
     ptxas then has each product wait for the one before.
     """
-    return problem.masks_by_data and max(problem.H, problem.Hv) > ROWS
+    return problem.masks_by_data and max(problem.H, problem.Hv) > 64
 
 
 class Refs(NamedTuple):

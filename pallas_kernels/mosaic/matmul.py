@@ -73,7 +73,7 @@ def start(
 def start_columns(
     a: jax.Array,  # [M, K]
     b: Matrix,  # [K, N]; with transpose [N, K], in one piece
-    accs: Sequence[jax.Array | None],  # for each piece of b: [M, columns] float32; default: zero
+    accs: Sequence[jax.Array],  # for each piece of b: [M, columns] float32
     *,
     transpose: bool = False,
 ) -> tuple[jax.Array, ...]:
