@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxflash.quantization import QuantizedArray
+from pallas_kernels.spec import narrow
 from pallas_kernels.spec.quantization import FP8
 
 FLOATS = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)))
+NARROW = narrow.DTYPES
 PAGE_SIZES = (16, 32, 64, 128, 256)
 
 
@@ -258,9 +260,39 @@ def page_size(x: Any) -> int:
 
 def float_dtype(name: str, x: Any) -> jnp.dtype:
     """A dtype of keys and values."""
-    if jnp.dtype(x) not in FLOATS:
-        raise TypeError(f"{name} must be bfloat16, float16, float32 or float64; got {jnp.dtype(x)}")
+    return _dtype(name, x, FLOATS)
+
+
+def page_dtype(name: str, x: Any) -> jnp.dtype:
+    """A dtype of pages."""
+    return _dtype(name, x, (*FLOATS, *NARROW))
+
+
+def _dtype(name: str, x: Any, known: tuple[Any, ...]) -> jnp.dtype:
+    *others, last = map(str, known)
+    if jnp.dtype(x) not in known:
+        raise TypeError(f"{name} must be {', '.join(others)} or {last}; got {jnp.dtype(x)}")
     return jnp.dtype(x)
+
+
+def scales(key_pages: Any, value_pages: Any, key_scale: Any, value_scale: Any) -> None:
+    """Pages of 8 bits have scales, float32 [P, K] each; others have none."""
+    named = ("key_scale", key_pages, key_scale), ("value_scale", value_pages, value_scale)
+    if key_pages.dtype != value_pages.dtype:
+        raise TypeError(
+            "key_pages and value_pages must share a dtype; got "
+            f"{key_pages.dtype} and {value_pages.dtype}"
+        )
+    for name, pages, scale in named:
+        if pages.dtype not in NARROW:
+            if scale is not None:
+                raise ValueError(f"{name} is for pages of 8 bits; got pages of {pages.dtype}")
+            continue
+        if scale is None:
+            raise ValueError(f"pages of {pages.dtype} need {name}, float32 [P, K]; got None")
+        shaped(name, scale, (pages.shape[0], pages.shape[2]), "[P, K]")
+        if scale.dtype != jnp.float32:
+            raise TypeError(f"{name} must be float32; got {scale.dtype}")
 
 
 def _is_real(x: Any) -> bool:

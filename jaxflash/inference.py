@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
 from jaxflash import checks, dispatch
 from jaxflash.api import Implementation
@@ -111,6 +111,8 @@ def paged_attention(
     page_table: Int32[Array, "B M"],
     lengths: Int32[Array, "B"],
     *,
+    key_scale: Float32[Array, "P K"] | None = None,
+    value_scale: Float32[Array, "P K"] | None = None,
     scale: float | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     logits_soft_cap: float | None = None,
@@ -129,10 +131,13 @@ def paged_attention(
     Args:
       query: ``[B, T, N, H]``, the newest tokens of each sequence, which the cache holds already.
       key_pages: ``[P, page_size, K, H]``, such as ``PagedKVCache.key_pages``; pages of 16, 32, 64,
-        128 or 256 tokens.
+        128 or 256 tokens. In the query's dtype; or of 8 bits, float8_e4m3fn or int8, which stand
+        for their products with scales, rounded to the query's dtype.
       value_pages: ``[P, page_size, K, Hv]``.
       page_table: int32 ``[B, M]``; entries that hold no token of the sequence may be anything.
       lengths: int32 ``[B]``, tokens held, the new ones included, in ``[0, M * page_size]``.
+      key_scale: float32 ``[P, K]``, of pages of 8 bits: ``PagedKVCache.key_scale``.
+      value_scale: likewise.
       scale: as in ``decode_attention``.
       local_window_size: likewise.
       logits_soft_cap: likewise.
@@ -169,13 +174,15 @@ def paged_attention(
     held_values = checks.as_array("value_pages", value_pages)
     table = integers("page_table", page_table)
     _check_pages(query, held_keys, held_values, table)
+    checks.scales(held_keys, held_values, key_scale, value_scale)
     P, page_size = held_keys.shape[:2]
     held = _lengths(lengths, query.shape[:1])
     rules = pages.table_rules(table, held, P, page_size, "give page_table more columns")
     held = enforce(held, *rules, debug_checks=debug_checks)
     held, table = jnp.asarray(held), jnp.asarray(table)
+    scales = (None if x is None else jnp.asarray(x) for x in (key_scale, value_scale))
     return _attend(
-        (query, held_keys, held_values),
+        (query, held_keys, held_values, *scales),
         held,
         table,
         _counts(counts, query.shape, debug_checks),
@@ -190,7 +197,7 @@ def paged_attention(
 
 
 def _attend(
-    arrays: tuple[Any, Any, Any],  # query, keys, values
+    arrays: tuple[Any, ...],  # query, keys, values; of pages also their scales
     lengths: Any,
     page_table: Any,  # None: keys and values are not in pages
     counts: Any,
@@ -199,10 +206,11 @@ def _attend(
     **options: Any,
 ) -> Any:
     checks.flag("return_residual", return_residual)
-    query, key, value = arrays
+    query, key, value = arrays[:3]
     batch, T = query.shape[:-3], query.shape[-3]
     if page_table is not None:  # in place of what `canonicalize` takes for keys and values
-        key, value = (jnp.zeros((*batch, 0, *x.shape[2:]), x.dtype) for x in (key, value))
+        dtype = query.dtype if key.dtype in checks.NARROW else key.dtype
+        key, value = (jnp.zeros((*batch, 0, *x.shape[2:]), dtype) for x in (key, value))
     problem, operands = canonicalize(
         query,
         key,
@@ -214,7 +222,9 @@ def _attend(
         **options,
     )
     if page_table is not None:
-        operands = operands._replace(key=arrays[1], value=arrays[2], page_table=page_table)
+        names = ["key", "value", "key_scale", "value_scale"]
+        held = dict(zip(names, arrays[1:], strict=True))
+        operands = operands._replace(**held, page_table=page_table)
         problem = problem.of(operands)
     backend = dispatch.select(problem, implementation, dispatch.OF_CACHES)
 

@@ -8,6 +8,7 @@ import jax
 from jaxflash import tuning, xla
 from jaxflash.device import target
 from jaxflash.folding import folding
+from jaxflash.gathering import gathering
 from jaxflash.partitioning import partitioned
 from jaxflash.quantization import by_xla, lowered
 from jaxflash.varying import varying_like
@@ -50,7 +51,9 @@ def attend_cache(problem: spec.Problem, operands: spec.Operands) -> Any:
         operands = operands._replace(query_offset=None)
         problem = problem.of(operands)
         problem = dataclasses.replace(problem, query_offset=-problem.T, from_last_key=True)
-    return (forward if hopper.supports_decode(problem) else _decode)(problem, operands)
+    if hopper.supports_decode(problem) is None:
+        return _decode(problem, operands)
+    return (gathering(forward) if operands.has_narrow_pages else forward)(problem, operands)
 
 
 def backward(problem: spec.Problem, operands: spec.Operands, *rest: jax.Array) -> Any:

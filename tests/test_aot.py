@@ -22,7 +22,7 @@ import jaxflash
 from bench import aot
 from bench.gpus import GPUS
 from bench.shapes import Shape, score_matrix_bytes
-from jaxflash import tuning
+from jaxflash import native, tuning
 from jaxflash.arguments import canonicalize
 from pallas_kernels import mosaic, triton
 from pallas_kernels.common.evaluate import SUPPORTED
@@ -179,26 +179,27 @@ def test_hopper_backward_compiles_without_spills(name: str) -> None:
     """Bias, gradients of slopes, and narrow heads' masks from data spill, see `bench/LOG.md`."""
     case = BACKWARDS[name]
 
-    def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        out = jaxflash.dot_product_attention(
-            q, k, v, **(case.options or {}), implementation="hopper"
-        )
-        return jnp.sum(out.astype(jnp.float32))
+    def gradients(q: jax.Array, k: jax.Array, v: jax.Array, out: jax.Array, lse: jax.Array) -> Any:
+        problem, operands = canonicalize(q, k, v, **(case.options or {}))
+        return native.backward(problem, operands, out, lse, out, lse)
 
-    q, k, v = (
+    Hv = case.Hv or case.H
+    q, k, v, out = (
         _bf16(1, case.length, heads, columns)
         for heads, columns in (
             (case.N, case.H),
             (case.heads, case.H),
-            (case.heads, case.Hv or case.H),
+            (case.heads, Hv),
+            (case.N, Hv),
         )
     )
-    kernels = aot.compile_for(jax.grad(loss, (0, 1, 2)), q, k, v, gpu="h100").kernels
-    assert [kernel.name for kernel in kernels] == ["forward_kernel", "backward_kernel"]
+    lse = jax.ShapeDtypeStruct(out.shape[:3], jnp.float32)
+    (kernel,) = aot.compile_for(gradients, q, k, v, out, lse, gpu="h100").kernels
+    assert kernel.name == "backward_kernel"
     # The compiler of JAX 0.12 keeps one register less: it spills one where dK and dV are added up,
     # and one, loaded six times, where the producer tells which rows come.
     spilled = 4 if name.startswith("divided-") else 24 if name in ("lengths", "offset") else 0
-    _assert_fast(kernels[1], spilled=spilled if jax.__version_info__ >= (0, 12) else 0)
+    _assert_fast(kernel, spilled=spilled if jax.__version_info__ >= (0, 12) else 0)
 
 
 def _triton_forms() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
@@ -380,6 +381,7 @@ class _Decode(NamedTuple):
     T: int = 1
     page_size: int | None = None
     options: dict[str, Any] | None = None
+    held: str | None = None  # dtype of pages of 8 bits
 
 
 DECODES = {
@@ -394,6 +396,9 @@ DECODES = {
     }),
     "soft-cap": _Decode(options={"logits_soft_cap": 20.0}),
     "chunk": _Decode(T=512, page_size=64),
+    "fp8": _Decode(page_size=64, held="float8_e4m3fn"),
+    "fp8-pages-16": _Decode(H=64, page_size=16, held="float8_e4m3fn", options=None),
+    "int8": _Decode(page_size=64, held="int8"),
 }  # fmt: skip
 
 
@@ -402,17 +407,21 @@ DECODES = {
 def test_hopper_decode_compiles_without_spills(name: str) -> None:
     case = DECODES[name]
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, *table: Any) -> Any:
-        attention = jaxflash.paged_attention if table else jaxflash.decode_attention
-        options = case.options or {}
-        return attention(q, k, v, *table, lengths, **options, implementation="hopper")
+    def attend(q: Any, k: Any, v: Any, lengths: Any, table: Any, scale: Any) -> Any:
+        options = {**(case.options or {}), "implementation": "hopper"}
+        if table is None:
+            return jaxflash.decode_attention(q, k, v, lengths, **options)
+        scales = {"key_scale": scale, "value_scale": scale}
+        return jaxflash.paged_attention(q, k, v, table, lengths, **scales, **options)
 
-    size = case.page_size
-    cache = _bf16(8, 8192, 8, case.H) if size is None else _bf16(700, size, 8, case.H)
-    lengths, *table = (
-        jax.ShapeDtypeStruct(s, jnp.int32) for s in ((8,), *([] if size is None else [(8, 32)]))
-    )
-    program = aot.compile_for(attend, _bf16(8, case.T, 32, case.H), cache, cache, lengths, *table)
+    query, lengths = _bf16(8, case.T, 32, case.H), jax.ShapeDtypeStruct((8,), jnp.int32)
+    cache, table, scale = _bf16(8, 8192, 8, case.H), None, None
+    if case.page_size is not None:
+        table = jax.ShapeDtypeStruct((8, 32), jnp.int32)
+        pages = 700, case.page_size, 8, case.H
+        cache = jax.ShapeDtypeStruct(pages, case.held or jnp.bfloat16)
+        scale = case.held and jax.ShapeDtypeStruct((700, 8), jnp.float32)
+    program = aot.compile_for(attend, query, cache, cache, lengths, table, scale)
     (kernel,) = program.kernels
     # With JAX 0.10.2 the producer spills addresses where it has values to clean.
     _assert_fast(kernel, spilled=80 if jax.__version_info__ < (0, 11) else 0)

@@ -17,6 +17,7 @@ from pallas_kernels import hopper
 from pallas_kernels.common import walk as walks
 from pallas_kernels.common.walk import Walk
 from pallas_kernels.hopper.decode import choose_splits
+from pallas_kernels.spec import narrow
 from tests import oracle
 from tests.test_conformance import INTERPRETS, ON_GPU, marks, running
 
@@ -37,6 +38,7 @@ class Call:
     Hv: int | None = None
     page_size: int | None = None
     dtype: str = "bfloat16"
+    held: str | None = None  # dtype of pages of 8 bits
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     only_gpu: bool = False
 
@@ -78,6 +80,12 @@ CALLS = [
     Call("counts_of_pages", (400, 90, 7), T=70, page_size=16, options={
         "counts": np.array([70, 33, 7], np.int32),
     }),
+    Call("fp8_pages", (500, 31, 0), H=64, page_size=16, held="float8_e4m3fn"),
+    Call("fp8_pages_everything", (500, 300), T=2, H=128, Hv=64, page_size=64, held="float8_e4m3fn",
+        options={"local_window_size": (150, 0), "alibi_slopes": _SLOPES, "sinks": _SINKS}),
+    Call("int8_pages", (500, 33), T=2, H=64, page_size=256, held="int8"),
+    Call("int8_pages_of_any_width", (500, 90), H=24, page_size=32, held="int8"),
+    Call("int8_chunk", (400, 130), T=70, H=24, page_size=64, held="int8", dtype="float16"),
     Call("wide", (700, 3000), S=4096, N=8, K=2, H=256, only_gpu=True),
     Call("long", (40000, 17), S=65536, N=32, K=8, H=128, page_size=64, only_gpu=True),
     Call("long_of_its_own", (40000, 65536), S=65536, N=8, K=8, H=64, only_gpu=True),
@@ -86,6 +94,7 @@ CALLS = [
 INTERPRETED = (
     "longer_than_held", "many_rows", "value_dim", "odd_capacity", "alibi_and_sinks", "pages_256",
     "pages_everything", "chunk_of_prefill_16", "empty_sequence", "counts", "counts_of_pages",
+    "fp8_pages", "fp8_pages_everything", "int8_pages",
 )  # fmt: skip
 # Too much alike to the others to be interpreted.
 NOT_BY_TRITON = ("full_cache", "multi_query", "float16", "pages_128")
@@ -109,27 +118,58 @@ def _arrays(call: Call) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     shapes = (B, call.T, call.N, call.H), (B, call.S, call.K, call.H), (B, call.S, call.K, Hv)
     query, *cache = (rng.standard_normal(s).astype(jnp.dtype(call.dtype)) for s in shapes)
     beyond = np.arange(call.S) >= np.array(call.lengths)[:, None]
+    if call.held is not None:
+        cache = [_rounded(call, x) for x in cache]
     for x in cache:
         x[beyond] = np.nan
     return query, cache[0], cache[1]
 
 
+def _rounded(call: Call, x: np.ndarray) -> np.ndarray:
+    """The nearest numbers that pages of 8 bits can hold."""
+    return np.asarray(narrow.widen(_narrow(call, x), _scales(call, x)), x.dtype)
+
+
+def _narrow(call: Call, x: np.ndarray) -> np.ndarray:
+    """As pages hold it."""
+    if call.held is None:
+        return x
+    return np.asarray(narrow.narrow(jnp.asarray(x), _scales(call, x), jnp.dtype(call.held)))
+
+
+def _scales(call: Call, x: np.ndarray) -> jax.Array:
+    """Of rounded numbers too, the same at each of a page's tokens of a head: [B, S, K, 1]."""
+    of_pages = np.abs(x.astype(np.float32)).reshape(len(x), -1, call.page_size, *x.shape[2:])
+    size = jnp.asarray(np.nan_to_num(of_pages).max((2, 4), keepdims=True))
+    scales = narrow.scales_for(size, jnp.dtype(call.held))
+    return jnp.broadcast_to(scales, of_pages[..., :1].shape).reshape(*x.shape[:-1], 1)
+
+
 def _paged(call: Call, key: np.ndarray, value: np.ndarray) -> tuple[Any, ...]:
-    """The same cache in pages in random order, with pages of NaN that no sequence holds."""
+    """The same cache in pages in random order, with pages of NaN that no sequence holds.
+
+    Pages and table; of 8 bits also the scales of both.
+    """
     size = call.page_size
     assert size is not None
     rng = np.random.default_rng(7)
     B, M = len(call.lengths), call.S // size
     P = B * M + 3
     table = rng.permutation(P)[: B * M].reshape(B, M)
-    pages = []
+    pages, of_pages = [], []
     for x in (key, value):
-        held = np.full((P, size, *x.shape[2:]), np.nan, x.dtype)
-        held[table] = x.reshape(B, M, size, *x.shape[2:])
-        pages.append(held)
+        if call.held is not None:
+            scales = np.full((P, call.K), np.nan, np.float32)
+            scales[table] = _scales(call, x).reshape(B, M, size, call.K)[:, :, 0]
+            of_pages.append(scales)
+        held = _narrow(call, x)
+        nothing = 99 if call.held == "int8" else np.nan
+        whole = np.full((P, size, *x.shape[2:]), nothing, held.dtype)
+        whole[table] = held.reshape(B, M, size, *x.shape[2:])
+        pages.append(whole)
     used = np.arange(M) * size < np.array(call.lengths)[:, None]
     table = np.where(used, table, rng.choice([-1, P, 2**31 - 1], table.shape))
-    return *pages, table.astype(np.int32)
+    return *pages, table.astype(np.int32), *of_pages
 
 
 def _attend(call: Call, backend: Any) -> tuple[jax.Array, jax.Array]:
@@ -141,7 +181,8 @@ def _attend(call: Call, backend: Any) -> tuple[jax.Array, jax.Array]:
     def run(query: Any, lengths: Any, *cache: Any) -> Any:
         if call.page_size is None:
             return jaxflash.decode_attention(query, *cache, lengths, **options)
-        return jaxflash.paged_attention(query, *cache, lengths, **options)
+        scales = dict(zip(("key_scale", "value_scale"), cache[3:], strict=False))
+        return jaxflash.paged_attention(query, *cache[:3], lengths, **scales, **options)
 
     cache = (key, value) if call.page_size is None else _paged(call, key, value)
     with running(backend):

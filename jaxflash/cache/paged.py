@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Int32
+from jaxtyping import Array, ArrayLike, Float, Float32, Int32
 
 from jaxflash import checks
-from jaxflash.cache import pages, tokens
+from jaxflash.cache import narrow, pages, tokens
 from jaxflash.cache.rules import enforce, integers
 
 _REMEDY = "give page_table more columns (max_pages)"
@@ -23,13 +23,19 @@ class PagedKVCache:
     owns which page is for ``PageAllocator`` to say; two sequences may share a page that neither
     writes. Negative entries of the table, and those past the last page, mean no page.
 
+    Pages of 8 bits, float8_e4m3fn or int8, hold numbers to be multiplied with the scale that their
+    page has for their head. ``append`` finds it, a power of two: where a new token is too large for
+    it, it grows, and what the page holds is rounded again.
+
     Args:
-      key_pages: ``[P, page_size, K, H]``; bfloat16, float16, float32 or float64; pages of 16, 32,
-        64, 128 or 256 tokens.
+      key_pages: ``[P, page_size, K, H]``; bfloat16, float16, float32, float64, float8_e4m3fn or
+        int8; pages of 16, 32, 64, 128 or 256 tokens.
       value_pages: ``[P, page_size, K, Hv]``.
       page_table: int32 ``[B, M]``. Entries that hold none of a sequence's tokens may be anything;
         -1 by convention.
       lengths: int32 ``[B]``; the tokens that each sequence holds.
+      key_scale: float32 ``[P, K]``, of pages of 8 bits; None of others.
+      value_scale: likewise.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -55,6 +61,8 @@ class PagedKVCache:
     value_pages: Float[Array, "P page_size K Hv"]
     page_table: Int32[Array, "B M"]
     lengths: Int32[Array, "B"]
+    key_scale: Float32[Array, "P K"] | None = None
+    value_scale: Float32[Array, "P K"] | None = None
 
     @classmethod
     def zeros(
@@ -74,12 +82,12 @@ class PagedKVCache:
         Args:
           pages: pages P, of all sequences together.
           page_size: tokens in a page: 16, 32, 64, 128 or 256.
-          kv_heads: as for ``KVCache.zeros``, like ``head_dim``, ``value_dim`` and ``dtype``.
+          kv_heads: as for ``KVCache.zeros``, like ``head_dim`` and ``value_dim``.
           head_dim: likewise.
           batch: sequences B.
           max_pages: pages M that one sequence may use.
           value_dim: likewise.
-          dtype: likewise.
+          dtype: of keys and values; bfloat16, float16, float32, float64, float8_e4m3fn or int8.
 
         Returns:
           A cache of zeros, every length 0, every entry of the table -1.
@@ -98,12 +106,16 @@ class PagedKVCache:
         K, H = checks.size("kv_heads", kv_heads), checks.size("head_dim", head_dim)
         Hv = H if value_dim is None else checks.size("value_dim", value_dim)
         B, M = checks.size("batch", batch), checks.size("max_pages", max_pages)
-        dtype = checks.float_dtype("dtype", dtype)
+        dtype = checks.page_dtype("dtype", dtype)
+        scale = jnp.zeros((rows[0], K), jnp.float32)
+        has_scales = dtype in checks.NARROW
         return cls(
             key_pages=jnp.zeros((*rows, K, H), dtype),
             value_pages=jnp.zeros((*rows, K, Hv), dtype),
             page_table=jnp.full((B, M), -1, jnp.int32),
             lengths=jnp.zeros(B, jnp.int32),
+            key_scale=scale if has_scales else None,
+            value_scale=jnp.zeros_like(scale) if has_scales else None,
         )
 
     @property
@@ -130,8 +142,8 @@ class PagedKVCache:
         token without a page, and those of its sequence after it, are dropped and not counted.
 
         Args:
-          key: ``[B, T, K, H]`` in the cache's dtype.
-          value: ``[B, T, K, Hv]`` in the cache's dtype.
+          key: ``[B, T, K, H]`` in the cache's dtype; for one of 8 bits in any floating dtype.
+          value: ``[B, T, K, Hv]`` likewise.
           counts: int32 ``[B]``; sequence b gets the first ``counts[b]`` of its T tokens; all of
             them by default.
           debug_checks: check at run time that counts lie in [0, T] and that each token has a page.
@@ -166,8 +178,14 @@ class PagedKVCache:
         hole = jnp.min(steps, axis=1, where=~exists, initial=T)  # first without a page
         count = jnp.minimum(count, hole)
         is_written = steps < count[:, None]
-        held = pages.write(held, new, page, position % self.page_size, is_written)
-        return PagedKVCache(*held, self.page_table, lengths + count)
+        if self.key_scale is None or self.value_scale is None:
+            held = pages.write(held, new, page, position % self.page_size, is_written)
+            return replace(self, key_pages=held[0], value_pages=held[1], lengths=lengths + count)
+        where = self.page_table, lengths, count
+        key_pages, key_scale = narrow.append(held[0], self.key_scale, new[0], *where)
+        value_pages, value_scale = narrow.append(held[1], self.value_scale, new[1], *where)
+        held_now = self.page_table, lengths + count
+        return PagedKVCache(key_pages, value_pages, *held_now, key_scale, value_scale)
 
     def gather(
         self, *, debug_checks: bool = False
@@ -179,7 +197,7 @@ class PagedKVCache:
 
         Returns:
           Key ``[B, S, K, H]`` and value ``[B, S, K, Hv]``, zero from each length on and where
-          there is no page.
+          there is no page; of pages of 8 bits what they stand for, in float32.
 
         Raises:
           ValueError, TypeError, jax.errors.JaxRuntimeError: as ``KVCache.append``.
@@ -194,8 +212,9 @@ class PagedKVCache:
         self._check()
         rules = self._table_rules(self.page_table, self.lengths)
         lengths = enforce(self.lengths, *rules, debug_checks=debug_checks)
-        key = pages.contiguous(self.key_pages, self.page_table, lengths)
-        return key, pages.contiguous(self.value_pages, self.page_table, lengths)
+        held = (self.key_pages, self.key_scale), (self.value_pages, self.value_scale)
+        key, value = (pages.contiguous(x, self.page_table, lengths, scale) for x, scale in held)
+        return key, value
 
     def with_tables(
         self,
@@ -277,15 +296,18 @@ class PagedKVCache:
         exists = (pair[0] >= 0) & (pair[0] < P) & (pair[1] >= 0) & (pair[1] < P)
         rule = pages.copy_rule(*pair, exists, P)
         exists = enforce(exists, rule, debug_checks=debug_checks)
-        key_pages, value_pages = pages.copy((self.key_pages, self.value_pages), *pair, exists)
-        return replace(self, key_pages=key_pages, value_pages=value_pages)
+        names = ["key_pages", "value_pages", "key_scale", "value_scale"]
+        held = {name: getattr(self, name) for name in names[: 2 if self.key_scale is None else 4]}
+        copied = pages.copy(tuple(held.values()), *pair, exists)
+        return replace(self, **dict(zip(held, copied, strict=True)))
 
     def _table_rules(self, page_table: Any, lengths: Any) -> Any:
         return pages.table_rules(page_table, lengths, len(self.key_pages), self.page_size, _REMEDY)
 
     def _check(self) -> None:
         axes = "[P, page_size, K, H]", "[P, page_size, K, Hv]"
-        tokens.check_held("_pages", self.key_pages, self.value_pages, axes)
+        tokens.check_held("_pages", self.key_pages, self.value_pages, axes, checks.page_dtype)
+        checks.scales(self.key_pages, self.value_pages, self.key_scale, self.value_scale)
         checks.page_size(self.page_size)
         checks.int32("page_table", self.page_table)
         checks.int32("lengths", self.lengths)

@@ -5,12 +5,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from jaxflash.cache import tokens
 from jaxflash.cache.rules import Rule
+from pallas_kernels.spec import narrow
 
-Pages = tuple[Any, ...]  # of arrays [P, page_size, K, _]
+Pages = tuple[Any, ...]  # of arrays [P, page_size, K, _], or [P, K]
 
 
 def find(
@@ -37,12 +38,19 @@ def contiguous(
     pages: Float[Array, "P page_size K H"],
     page_table: Int32[Array, "B M"],
     lengths: Int32[Array, "B"],
+    scales: Float32[Array, "P K"] | None = None,
 ) -> Float[Array, "B S K H"]:
-    """Each sequence's tokens, zero from its length on and where there is no page."""
+    """Each sequence's tokens, zero from its length on and where there is no page.
+
+    With scales, what 8-bit numbers stand for, in float32.
+    """
     P, page_size, K, H = pages.shape
     B, M = page_table.shape
     page = jnp.where(page_table < 0, P, page_table)  # a negative index would count from the end
     x = pages.at[page].get(mode="fill", fill_value=0)  # [B, M, page_size, K, H]
+    if scales is not None:
+        of_pages = scales.at[page].get(mode="fill", fill_value=0)  # [B, M, K]
+        x = narrow.widen(x, of_pages[:, :, None, :, None])
     is_held = jnp.arange(M * page_size, dtype=jnp.int32) < lengths[:, None]  # [B, S]
     return jnp.where(is_held[..., None, None], x.reshape(B, M * page_size, K, H), 0)
 

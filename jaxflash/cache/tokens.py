@@ -1,5 +1,6 @@
 """New tokens for a cache of either kind: what they must look like, how many of them fit."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,7 +21,9 @@ def new_tokens(key: Any, value: Any, batch: int, like: tuple[Any, Any]) -> tuple
                 f"{name} must have shape [B, T, K, {H}] = ({batch}, T, {heads}, {head_dim}) to fit "
                 f"the cache; got shape {x.shape}"
             )
-        if x.dtype != held.dtype:
+        if held.dtype in checks.NARROW:
+            checks.float_dtype(name, x.dtype)
+        elif x.dtype != held.dtype:
             raise TypeError(
                 f"{name} must have the cache's dtype {held.dtype}; got {x.dtype}; convert it with "
                 f"{name}.astype"
@@ -85,16 +88,18 @@ def write(
     return tuple(x.at[at].set(tokens, mode="drop") for x, tokens in zip(held, new, strict=True))
 
 
-def check_held(prefix: str, key: Any, value: Any, axes: tuple[str, str]) -> None:
-    """What a cache holds: two arrays of a floating dtype that agree but for their last axis."""
+def check_held(
+    prefix: str,
+    key: Any,
+    value: Any,
+    axes: tuple[str, str],
+    check_dtype: Callable[[str, Any], Any] = checks.float_dtype,
+) -> None:
+    """What a cache holds: two arrays of a dtype it may have that agree but for their last axis."""
     for name, x, named in ((f"key{prefix}", key, axes[0]), (f"value{prefix}", value, axes[1])):
         if x.ndim != 4:
             raise ValueError(f"{name} must have four axes {named}; got shape {x.shape}")
-        if x.dtype not in checks.FLOATS:
-            raise TypeError(
-                f"{name} must be bfloat16, float16, float32 or float64; got {x.dtype}; convert it "
-                f"with {name}.astype"
-            )
+        check_dtype(name, x.dtype)
     if key.shape[:3] != value.shape[:3]:
         raise ValueError(
             f"key{prefix} and value{prefix} must agree but for their last axis; got shapes "

@@ -99,6 +99,7 @@ class Core:
         options = {**self._of_logits, "sinks": sinks, "counts": counts}
         if isinstance(cache, PagedKVCache):
             held = cache.key_pages, cache.value_pages, cache.page_table, cache.lengths
+            options |= {"key_scale": cache.key_scale, "value_scale": cache.value_scale}
             return paged_attention(query, *held, **options)
         return decode_attention(query, cache.key, cache.value, cache.lengths, **options)
 

@@ -29,6 +29,9 @@ _STAGES = (6, 5, 4, 3, 2)
 # (bench/LOG.md, decoding), the third a compromise.
 _COST_OF_PART, _COST_OF_MERGE, _LATE = 0.5, 1.0, 1 / 8
 _MAX_PARTS = 32
+# Of pages of 8 bits: tiles are widened one by one, and many are on their way.
+_NARROW = Config(consumers=1, block_kv=ROWS, stages=2, narrow_stages=7, q_stages=1)
+_NARROW_COLUMNS = (64, 128)
 
 
 class Decode(Forward):
@@ -108,6 +111,8 @@ def decode(
 def decode_config(problem: spec.Problem) -> Config:
     """Large tiles, for few visits, and as many stages as there is room for."""
     wide = max(problem.H, problem.Hv)
+    if problem.operands.has_narrow_pages:
+        return _NARROW
     for stages in _STAGES:
         c = Config(consumers=1, block_kv=128 if wide <= 128 else ROWS, stages=stages, q_stages=1)
         if c.staging(problem.H, problem.Hv) is not None:
@@ -139,4 +144,7 @@ def choose_splits(problem: spec.Problem, c: Config) -> int:
 
 def supports_decode(problem: spec.Problem) -> str | None:
     """Why this kernel cannot run a problem, or None."""
-    return accepts.refused_tokens(problem) or supports(problem)
+    p = problem
+    if p.operands.has_narrow_pages and not {p.H, p.Hv} <= set(_NARROW_COLUMNS):
+        return f"widens heads of {_NARROW_COLUMNS} columns; got {p.H=}, {p.Hv=}"
+    return accepts.refused_tokens(p) or supports(p)

@@ -255,7 +255,7 @@ def finish(c: Consumer, work: Work, stats: Stats) -> jax.Array:
     scales = c.k.refs.scales
     if scales is None:
         return factor
-    return factor * scales.out[work.batch, lax.div(work.head, c.k.problem.G)]
+    return factor * scales.out[work.batch, c.k.kv_head(work)]
 
 
 def store(c: Consumer, work: Work, o: tuple[jax.Array, ...], factor: jax.Array) -> None:
@@ -342,13 +342,17 @@ def launch(
     kv_blocks = pl.cdiv(p.S, c.block_kv)
     x = tiles.prepare(problem, operands, schedule.q_blocks * c.block_q, kv_blocks * c.block_kv)
     scales, x = Scales.of(x), forms.arrays(x)
-    x = x._replace(query_scale=None, key_scale=None, value_scale=None)
+    if scales is not None:
+        x = x._replace(query_scale=None, key_scale=None, value_scale=None)
     blocks = min(blocks or gpu.multiprocessors(problem.device), schedule.tiles)
     leaves, tree = jax.tree.flatten((x, found, scales))
+    scratch = forms.scratch(c, p)
 
     def forward_kernel(*refs: mosaic.Ref) -> None:
         given = jax.tree.unflatten(tree, refs[: len(leaves)])
-        k = kind(p, c, schedule, blocks, forms, forms.refs(given, *refs[len(leaves) :]))
+        out, lse, *rest = refs[len(leaves) :]
+        named = forms.refs(given, out, lse, dict(zip(scratch, rest, strict=True)))
+        k = kind(p, c, schedule, blocks, forms, named)
         divide(c.consumers, k.hides_keys, lambda: consume(k), lambda: produce(k))
 
     call = mosaic.kernel(
@@ -357,7 +361,7 @@ def launch(
             jax.ShapeDtypeStruct(out_shape, p.dtype),
             jax.ShapeDtypeStruct(lse_shape, jnp.float32),
         ],
-        scratch_types=forms.scratch(c, p),
+        scratch_types=list(scratch.values()),
         grid={"block": blocks},
         threads=("warpgroup", c.consumers + 1),
         # No reduction crosses warps: a row is within one. And nothing needs the barriers of the

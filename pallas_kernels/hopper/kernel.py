@@ -81,6 +81,10 @@ class Refs(NamedTuple):
     # Of 8-bit elements, float32.
     q_scale_smem: mosaic.Ref = None  # [q_stages, consumers]
     kv_scale_smem: mosaic.Ref = None  # [stages, 2]: of the keys; shift
+    # Of pages of 8 bits: tiles before they are widened.
+    k_narrow_smem: Any = None  # Matrix [narrow_stages, block_kv, H]
+    v_narrow_smem: Any = None  # Matrix [narrow_stages, block_kv, Hv]
+    narrow_full: mosaic.Ref = None
 
 
 class Forms(NamedTuple):
@@ -91,6 +95,9 @@ class Forms(NamedTuple):
     v: mosaic.Form
     out: Staging
     parts: int  # that a tile of keys is copied in, for they are in pages
+    # Of pages of 8 bits; else of no use.
+    k_narrow: mosaic.Form
+    v_narrow: mosaic.Form
 
     @classmethod
     def of(cls, p: spec.Problem, c: Config) -> "Forms":
@@ -103,42 +110,62 @@ class Forms(NamedTuple):
             c.values(p.Hv, itemsize),
             staging,
             1 if p.operands.page_table is None else max(1, c.block_kv // p.operands.key.shape[1]),
+            *(mosaic.Form.of(c.block_kv, n, dividing=ROWS, itemsize=1) for n in (p.H, p.Hv)),
         )
 
     def arrays(self, x: spec.Operands) -> spec.Operands:
         """Operands whose queries, keys and values are as copies take them."""
+        x = x._replace(query=self.q.array(x.query))
+        if x.has_narrow_pages:
+            return x._replace(key=self.k_narrow.array(x.key), value=self.v_narrow.array(x.value))
         value = x.value if x.is_quantized else self.v.array(x.value)
-        return x._replace(query=self.q.array(x.query), key=self.k.array(x.key), value=value)
+        return x._replace(key=self.k.array(x.key), value=value)
 
-    def scratch(self, c: Config, p: spec.Problem) -> list[Any]:
-        """Shared memory and barriers, in the order of `Refs`."""
-        dtype, is_quantized = p.operands.query.dtype, p.operands.is_quantized
-        of_k = self.k.copies_in(self.parts) + is_quantized  # with the scales of the stage
-        of_scales = ((c.q_stages, c.consumers), (c.stages, 2)) if is_quantized else ()
-        return [
-            self.q.smem(c.q_stages, c.consumers, dtype=dtype),
-            self.k.smem(c.stages, dtype=dtype),
-            self.v.smem(c.stages, dtype=dtype),
-            self.out.form.smem(c.consumers, dtype=p.dtype),
-            mosaic.SMEM((c.q_stages,), jnp.int32),
-            mosaic.SMEM((1,), jnp.int32),
-            mosaic.Barrier(num_barriers=c.q_stages, num_arrivals=c.consumers * self.q.copies + 1),
-            mosaic.Barrier(num_barriers=c.q_stages, num_arrivals=c.consumers),
-            mosaic.Barrier(num_barriers=c.stages, num_arrivals=of_k),
-            mosaic.Barrier(num_barriers=c.stages, num_arrivals=c.consumers),
-            mosaic.Barrier(num_barriers=c.stages, num_arrivals=self.v.copies_in(self.parts)),
-            mosaic.Barrier(num_barriers=c.stages, num_arrivals=c.consumers),
-            mosaic.Barrier(num_arrivals=self.v.copies_in(self.parts)),
-            mosaic.Barrier(num_barriers=c.consumers, num_arrivals=1),
-            *(mosaic.SMEM(shape, jnp.float32) for shape in of_scales),
-        ]
+    def scratch(self, c: Config, p: spec.Problem) -> dict[str, Any]:
+        """Shared memory and barriers, by their names in `Refs`."""
+        x, dtype = p.operands, p.operands.query.dtype
+        of_k, of_v = self.k.copies_in(self.parts), self.v.copies_in(self.parts)
+        found: dict[str, Any] = {}
+        if x.is_quantized:
+            of_k += 1  # with the scales of the stage
+            found["q_scale_smem"] = mosaic.SMEM((c.q_stages, c.consumers), jnp.float32)
+            found["kv_scale_smem"] = mosaic.SMEM((c.stages, 2), jnp.float32)
+        if x.has_narrow_pages:
+            narrow = self.k_narrow, self.v_narrow
+            for name, form in zip(("k_narrow_smem", "v_narrow_smem"), narrow, strict=True):
+                found[name] = form.smem(c.narrow_stages, dtype=x.key.dtype)
+            copies = sum(form.copies_in(self.parts) for form in narrow)
+            found["narrow_full"] = _barriers(c.narrow_stages, copies)
+            of_k = of_v = 1  # when they have been widened
+        return found | {
+            "q_smem": self.q.smem(c.q_stages, c.consumers, dtype=dtype),
+            "k_smem": self.k.smem(c.stages, dtype=dtype),
+            "v_smem": self.v.smem(c.stages, dtype=dtype),
+            "out_smem": self.out.form.smem(c.consumers, dtype=p.dtype),
+            "tile_smem": mosaic.SMEM((c.q_stages,), jnp.int32),
+            "ticket_smem": mosaic.SMEM((1,), jnp.int32),
+            "q_full": _barriers(c.q_stages, c.consumers * self.q.copies + 1),
+            "q_free": _barriers(c.q_stages, c.consumers),
+            "k_full": _barriers(c.stages, of_k),
+            "k_free": _barriers(c.stages, c.consumers),
+            "v_full": _barriers(c.stages, of_v),
+            "v_free": _barriers(c.stages, c.consumers),
+            "v_raw": mosaic.Barrier(num_arrivals=of_v),
+            "turn": _barriers(c.consumers, 1),
+        }
 
-    def refs(self, given: Any, *rest: Any) -> Refs:
-        """From what a kernel is given; ``rest`` are outputs and scratch."""
-        out_gmem, lse_gmem, q, k, v, out, *others = rest
-        matrices = map(mosaic.Matrix.of, (q, k, v, out))
+    def refs(self, given: Any, out: Any, lse: Any, scratch: dict[str, Any]) -> Refs:
+        """From what a kernel is given, its outputs, and what `scratch` asked for."""
         x, found, scales = given
-        return Refs(x, found, scales, out_gmem, lse_gmem, *matrices, *others)
+        by_name: dict[str, Any] = {
+            name: mosaic.Matrix.of(x) if isinstance(x, list | tuple) else x
+            for name, x in scratch.items()
+        }
+        return Refs(x=x, map=found, scales=scales, out_gmem=out, lse_gmem=lse, **by_name)
+
+
+def _barriers(number: int, arrivals: int) -> Any:
+    return mosaic.Barrier(num_barriers=number, num_arrivals=arrivals)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,6 +261,10 @@ class Forward(Kernel):
             heads = visits.heads_of(found.count, work.batch, work.head)
             return found.walk((*heads, work.q_block))
         return self.whole_walk(work)
+
+    def kv_head(self, work: Work) -> Any:
+        """The head of the keys."""
+        return lax.div(work.head, self.problem.G)
 
     def whole_walk(self, work: Work) -> Walk:
         """The same where the band and lengths tell all."""

@@ -2,18 +2,19 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import mosaic
-from pallas_kernels.common import visits
 from pallas_kernels.common.schedule import Work
 from pallas_kernels.hopper.config import ROWS
+from pallas_kernels.hopper.hidden import Hidden, zero_hidden
 from pallas_kernels.hopper.kernel import Forward, Kernel, scale_at
+from pallas_kernels.hopper.source import Source
+from pallas_kernels.hopper.widening import produce_widened
 
 
 def produce(k: Forward) -> None:
@@ -26,7 +27,7 @@ def produce(k: Forward) -> None:
         for i in range(c.consumers):
             rows = pl.ds(work.q_block * c.block_q + i * ROWS, ROWS)
             mosaic.copy_in(k.query(work, rows), r.q_smem.at(stage, i), r.q_full.at[stage])
-        return produce_keys(k, work, step)
+        return (produce_widened if k.config.narrow_stages else produce_keys)(k, work, step)
 
     rounds, steps, tile = each_tile(k, r.ticket_smem, load)
     stage = announce(k, rounds, tile, None)  # that there is none left
@@ -76,15 +77,15 @@ def announce(k: Forward, round_: Any, tile: Any, work: Work | None) -> Any:
 def produce_keys(k: Forward, work: Work, step: Any) -> Any:
     """Copies K and V of each visit of a tile of queries; returns how many there are."""
     c, r = k.config, k.refs
-    walk, head = k.walk(work), lax.div(work.head, k.problem.G)
+    walk = k.walk(work)
 
     def visit(j: Any, _: None) -> None:
         stage, kv_block = lax.rem(step + j, c.stages), walk.tile(j)
-        source = Source.of(k, work, head, kv_block)
+        source = Source.of(k, work, kv_block)
         # Before the waits: what it loads comes while they last.
         by_data = walk.hides and functools.partial(walk.hides, j)
         hidden = Hidden.of(k, work, kv_block, by_data) if k.hides_keys else None
-        scales = key_scales(k, work.batch, kv_block * c.block_kv, head)
+        scales = key_scales(k, work, kv_block * c.block_kv)
         again = step + j >= c.stages
         pl.when(again)(lambda: mosaic.barrier_wait(r.k_free.at[stage]))
         source.copy(r.x.key, r.k_smem.at(stage), r.k_full.at[stage])
@@ -100,51 +101,13 @@ def produce_keys(k: Forward, work: Work, step: Any) -> Any:
     return walk.count
 
 
-def key_scales(k: Forward, batch: Any, key0: Any, head: Any) -> tuple[Any, ...]:
+def key_scales(k: Forward, work: Work, key0: Any) -> tuple[Any, ...]:
     """What the consumers must know of a tile of 8-bit keys and values."""
     scales = k.refs.scales
     if scales is None:
         return ()
-    return tuple(scale_at(x, batch, key0, head) for x in (scales.key, scales.shift))
-
-
-class Source(NamedTuple):
-    """Where a tile of keys is in global memory: parts of it, each in one piece."""
-
-    places: tuple[Any, ...]  # of parts: indices of the array's axes
-    rows: int  # of each
-
-    @classmethod
-    def of(cls, k: Forward, work: Work, head: Any, kv_block: Any) -> "Source":
-        block_kv, table = k.config.block_kv, k.refs.x.page_table
-        key0 = kv_block * block_kv
-        if table is None:
-            return cls(((work.batch, pl.ds(key0, block_kv), head),), block_kv)
-        pages, page_size = k.refs.x.key.shape[:2]
-        rows = min(page_size, block_kv)
-        places = []
-        for start in range(0, block_kv, rows):
-            # What is beyond the table, or in no page, is hidden by its length.
-            number = jnp.minimum(lax.div(key0 + start, page_size), table.shape[1] - 1)
-            page = jnp.clip(table[work.batch, number], 0, pages - 1)
-            places.append((page, pl.ds(lax.rem(key0 + start, page_size), rows), head))
-        return cls(tuple(places), rows)
-
-    def of_values(self, k: Forward) -> "Source":
-        """Where the values are: those of 8 bits are turned."""
-        if k.refs.scales is None:
-            return self
-        ((batch, keys, head),) = self.places
-        return Source(((batch, slice(None), head, keys),), self.rows)
-
-    def copy(self, gmem: mosaic.Ref, target: mosaic.Matrix, barrier: mosaic.Ref) -> None:
-        """Starts the copies of K or V."""
-        if len(self.places) == 1:
-            mosaic.copy_in(gmem.at[self.places[0]], target, barrier)
-            return
-        for i, place in enumerate(self.places):
-            rows = pl.ds(i * self.rows, self.rows)
-            mosaic.copy_rows_in(gmem.at[place], target, rows, barrier)
+    head = k.kv_head(work)
+    return tuple(scale_at(x, work.batch, key0, head) for x in (scales.key, scales.shift))
 
 
 def produce_values(k: Forward, hidden: "Hidden | None", source: Source, stage: Any) -> None:
@@ -167,53 +130,6 @@ def produce_values(k: Forward, hidden: "Hidden | None", source: Source, stage: A
             zero_hidden(v_smem, row, functools.partial(hidden.others, row))
         mosaic.commit_smem()
         arrive(r.v_full.at[stage], k.forms.v.copies_in(k.forms.parts))
-
-
-def zero_hidden(matrix: mosaic.Matrix, row: int, seen: Callable[[Any], jax.Array]) -> None:
-    """Zeroes 64 rows of a matrix but for those that ``seen``, given a shape, says are seen."""
-    for strip, _, _ in matrix.strips():
-        part = strip.tiled.at[pl.ds(row, ROWS)]
-        values = mosaic.load_matrix(part)
-        kept = jnp.where(seen(values.shape), values, jnp.zeros((), values.dtype))
-        mosaic.store(part, kept)
-
-
-class Hidden(NamedTuple):
-    """Which keys of a tile nobody sees."""
-
-    some: Any  # whether there are any
-    key0: Any
-    start: Any  # keys before are hidden
-    stop: Any  # this and those after are hidden
-    flags: Any  # [keys] int8, zero where hidden; or None
-
-    @classmethod
-    def of(cls, k: Kernel, work: Any, kv_block: Any, by_data: Callable[[], Any] | None) -> "Hidden":
-        """The hidden keys of a tile; ``by_data`` is what a map of tiles says of ``some``."""
-        p, x, seen = k.problem, k.refs.x, k.refs.map and k.refs.map.seen
-        rows = visits.row_count(p, x, work.batch)
-        keys = visits.key_count(p, x, work.batch)
-        key0 = kv_block * k.config.block_kv
-        start, stop = visits.band_of(p, x, work.batch).any_keys(0, rows, keys)
-        end = key0 + k.config.block_kv
-        beyond = stop
-        if x.page_table is None:  # what is beyond the array's end TMA has zeroed
-            beyond = jnp.where(stop == p.S, p.S + k.config.block_kv, stop)
-        some = (key0 < start) | (end > beyond)
-        if by_data is None:
-            return cls(some, key0, start, stop, None)
-        heads = visits.heads_of(seen, work.batch, work.head)
-        return cls(some | by_data(), key0, start, stop, seen.at[*heads])
-
-    def others(self, row: int, shape: tuple[int, ...]) -> jax.Array:
-        """Which elements of a part of V belong to keys that somebody sees."""
-        first = self.key0 + row
-        key = first + mosaic.iota(shape, 0)
-        seen = (self.start <= key) & (key < self.stop)
-        if self.flags is not None:
-            flags = mosaic.load_rows(self.flags.at[pl.ds(first, shape[0])])
-            seen &= mosaic.spread_rows(flags.astype(jnp.int32), shape) > 0
-        return seen
 
 
 def arrive(barrier: mosaic.Ref, times: int) -> None:

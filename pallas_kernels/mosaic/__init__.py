@@ -47,6 +47,7 @@ from pallas_kernels.mosaic.matrix import (
 from pallas_kernels.mosaic.memory import Ref, layout_cast, load, store, tiled_smem
 from pallas_kernels.mosaic.sums import Sums, add, matrices, put
 from pallas_kernels.mosaic.values import (
+    floating,
     full,
     iota,
     load_columns,
@@ -83,6 +84,7 @@ __all__ = [
     "copy_rows_in",
     "copy_smem_to_gmem",
     "counter",
+    "floating",
     "full",
     "gather",
     "interpreting",

@@ -108,6 +108,12 @@ def load_matrix(ref: Ref) -> jax.Array:
     return load(ref, layout=plgpu.Layout.WGMMA, optimized=False)
 
 
+def floating(x: jax.Array) -> jax.Array:
+    """A matrix of 8-bit numbers in float32, by conversions that Mosaic has, and fast ones."""
+    half = jnp.bfloat16 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float16
+    return x.astype(half).astype(jnp.float32)
+
+
 def load_rows(ref: Ref) -> jax.Array:
     """Loads an entry for each row of a matrix."""
     return load(ref, layout=_ROWS, optimized=False)

@@ -1,6 +1,6 @@
 """The language every backend speaks: bands, masks, scores, softmax, dropout, tiles, problems."""
 
-from pallas_kernels.spec import dropout, mask, quantization, score, softmax
+from pallas_kernels.spec import dropout, mask, narrow, quantization, score, softmax
 from pallas_kernels.spec.band import Band
 from pallas_kernels.spec.blocks import Tiles, coverage, visible_tiles
 from pallas_kernels.spec.problem import (
@@ -31,6 +31,7 @@ __all__ = [
     "extent",
     "gradients",
     "mask",
+    "narrow",
     "quantization",
     "score",
     "softmax",

@@ -30,7 +30,8 @@ class Operands(NamedTuple):
     """The arrays of one call in canonical shape (batch flattened); absent ones are None.
 
     With scales, query, key and value are 8-bit floating point, the value turned, [B, Hv, K, tokens
-    of whole blocks]: see `pallas_kernels.spec.quantization`.
+    of whole blocks]: see `pallas_kernels.spec.quantization`. If only keys and values have scales,
+    they are in pages of 8-bit numbers: see `pallas_kernels.spec.narrow`.
 
     ``Problem.operands`` holds the same tuple with shapes and dtypes in place of arrays.
     """
@@ -52,12 +53,16 @@ class Operands(NamedTuple):
     mask_consts: tuple[Any, ...] = ()  # arrays captured by mask_mod
     page_table: Any = None  # [B, M] int32: where pages of keys and values are; of native kernels
     query_scale: Any = None  # [B, blocks of T, N] float32
-    key_scale: Any = None  # [B, blocks of S, K] float32
-    value_scale: Any = None  # [B, blocks of S, K] float32
+    key_scale: Any = None  # [B, blocks of S, K] float32; of pages [P, K]
+    value_scale: Any = None  # likewise
 
     @property
     def is_quantized(self) -> bool:
         return self.query_scale is not None
+
+    @property
+    def has_narrow_pages(self) -> bool:
+        return self.key_scale is not None and not self.is_quantized
 
 
 # Axes of the operands that calls can be folded or divided along: b batch, n query heads, k key
@@ -71,7 +76,9 @@ AXES = {
 
 
 # In pages keys and values belong to no batch element.
-AXES_OF_PAGES = AXES | {"key": "..k.", "value": "..k."}
+AXES_OF_PAGES = AXES | {
+    "key": "..k.", "value": "..k.", "key_scale": ".k", "value_scale": ".k",
+}  # fmt: skip
 
 
 def gradients(operands: Operands, found: Operands) -> Operands:

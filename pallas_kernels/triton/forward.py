@@ -94,7 +94,7 @@ class Forward:
         keys = Run.of(kv_block * c.block_kv, c.block_kv, p.S)
         place = tiles.Place(work.batch, work.head, rows, keys)
         columns, at, exist = self.where_keys(place, masked)
-        s = dot(q, load_rows(self.x.key, at, exist, columns[0]).T)
+        s = dot(q, self.load(self.x.key, self.x.key_scale, at, exist, columns[0]).T)
         needs_tile = masked or spec.score.modifies(p) or p.dropout_rate > 0
         tile: Any = tiles.tile_of(p, self.x, place, masked) if needs_tile else None
         if spec.score.modifies(p):
@@ -107,7 +107,7 @@ class Forward:
             s = jnp.where(allowed, s, -jnp.inf)
             # What no row here sees may hold NaN, and 0 * NaN would spread it.
             wanted = tiles.some(allowed, axis=0)
-        v = load_rows(self.x.value, at, exist, columns[1], wanted)
+        v = self.load(self.x.value, self.x.value_scale, at, exist, columns[1], wanted)
         state, weights = spec.softmax.update(state, s, base2=True)
         if p.dropout_rate > 0:
             seed = self.x.dropout_seed
@@ -118,6 +118,17 @@ class Forward:
     def masks(self) -> bool:
         """Whether some visit needs a mask."""
         return visits.needs_masks(self.problem, self.config.block_kv)
+
+    def load(self, ref: Ref, scales: Ref | None, at: Any, *tile: Any) -> jax.Array:
+        """A tile of K or V, in the dtype of queries."""
+        x = load_rows(ref, at, *tile)
+        if scales is None:
+            return x
+        rows = tile[0]
+        page, _, head = at(rows.indices[:, None])
+        scale = memory.load_where(scales, (page[:, 0], head), rows)
+        dtype = self.problem.operands.key.dtype
+        return (spec.narrow.from_bits(x, dtype) * scale[:, None]).astype(self.problem.dtype)
 
     def where_keys(self, place: tiles.Place, masked: bool) -> Any:
         """Columns of K and V, where a tile of them is, in pages perhaps, and which keys exist."""

@@ -161,10 +161,14 @@ def add_rows(
     triton.atomic_add(ref, place, x.astype(ref.dtype), mask=_both(rows, columns))
 
 
+def load_where(ref: Ref, at: tuple[Any, ...], run: Run) -> jax.Array:
+    """An element for each index of a run; 0 where it does not exist."""
+    return triton.load(ref.at[at], mask=run.exists, other=jnp.array(0, ref.dtype))
+
+
 def load_pages(table: Ref, batch: Any, keys: Run, page_size: int) -> jax.Array:
     """The page of each key of a run, [B, M] being the table; 0 where there is no key."""
-    number = lax.div(keys.indices, page_size)
-    return triton.load(table.at[batch, number], mask=keys.exists, other=jnp.int32(0))
+    return load_where(table, (batch, lax.div(keys.indices, page_size)), keys)
 
 
 def read(ref: Ref, index: Any) -> Any:

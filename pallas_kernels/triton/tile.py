@@ -21,7 +21,9 @@ class Place(NamedTuple):
 
 
 def prepare(x: spec.Operands) -> spec.Operands:
-    """Operands as kernels read them: no booleans, captures flat."""
+    """Operands as kernels read them: no booleans, nor 8-bit floating point; captures flat."""
+    if x.has_narrow_pages:
+        x = x._replace(key=spec.narrow.bits(x.key), value=spec.narrow.bits(x.value))
     return x._replace(
         mask=None if x.mask is None else x.mask.astype(jnp.int8),
         score_consts=evaluate.flat(x.score_consts),
