@@ -17,10 +17,12 @@ import jaxflash
 from bench import baselines, results
 from bench.parity import tile_error
 from bench.timing import Compiler, Program, Timing, device_clock, interleaved
-from pallas_kernels.spec import Band
+from pallas_kernels.spec import Band, narrow
 
 SUMMARY = "Effective TB/s of decoding and paged attention, and TFLOP/s of prefill in chunks."
 OURS, OURS_PAGED = "jaxflash", "jaxflash, pages"
+CONTIGUOUS, PAGES = "contiguous", "pages"
+NARROW = {str(dtype): f"jaxflash, pages of {dtype}" for dtype in narrow.DTYPES}  # by what they hold
 PAGE_SIZE = 64
 _SPLITS = (4, 16)  # of FA3, which does not choose by itself here: the better one counts
 _FEW = 16  # new tokens: with more, operations are what counts
@@ -37,6 +39,7 @@ class Problem:
     T: int = 1
     head_dim: int = 128
     paged_only: bool = False
+    in_8_bits: bool = False  # pages of 8 bits, beside those of 16
 
     @property
     def label(self) -> str:
@@ -55,10 +58,10 @@ class Problem:
     def capacity(self) -> int:
         return -(-max(self.lengths) // PAGE_SIZE) * PAGE_SIZE
 
-    @property
-    def bytes(self) -> int:
+    def bytes(self, held: str = PAGES) -> int:
         """Of keys and values that are needed."""
-        return sum(self.lengths) * self.kv_heads * self.head_dim * 2 * 2
+        itemsize = 1 if held in NARROW else 2
+        return sum(self.lengths) * self.kv_heads * self.head_dim * 2 * itemsize
 
     @property
     def flops(self) -> float:
@@ -66,23 +69,36 @@ class Problem:
         pairs = sum(Band(None, n - self.T).area(self.T, n) for n in self.lengths)
         return 4.0 * self.query_heads * self.head_dim * pairs
 
-    def arrays(self, *, paged: bool) -> tuple[Any, ...]:
-        """Query, keys, values, lengths; the same in pages in random order, with their table."""
+    def arrays(self, held: str) -> tuple[Any, ...]:
+        """Query, keys, values, lengths; the same in pages in random order, with their table.
+
+        Of pages of 8 bits, also their scales.
+        """
         B, K, H = len(self.lengths), self.kv_heads, self.head_dim
         M = self.capacity // PAGE_SIZE
         used = [-(-n // PAGE_SIZE) for n in self.lengths]
-        shape = (sum(used), PAGE_SIZE, K, H) if paged else (B, self.capacity, K, H)
+        shape = (B, self.capacity, K, H) if held == CONTIGUOUS else (sum(used), PAGE_SIZE, K, H)
         keys = [jax.random.key(i, impl="rbg") for i in range(3)]
         query = jax.random.normal(keys[0], (B, self.T, self.query_heads, H), jnp.bfloat16)
         cache = tuple(jax.random.normal(key, shape, jnp.bfloat16) for key in keys[1:])
         lengths = jnp.array(self.lengths, jnp.int32)
-        if not paged:
+        if held == CONTIGUOUS:
             return query, *cache, lengths
+        scales: tuple[Any, ...] = ()
+        if held in NARROW:
+            cache, scales = zip(*(_narrow(x, jnp.dtype(held)) for x in cache), strict=True)
         pages = np.random.default_rng(0).permutation(sum(used)).astype(np.int32)
         table = np.full((B, M), -1, np.int32)
         for b, run in enumerate(np.split(pages, np.cumsum(used)[:-1])):
             table[b, : len(run)] = run
-        return query, *cache, jnp.asarray(table), lengths
+        return query, *cache, jnp.asarray(table), lengths, *scales
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _narrow(pages: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Pages of 8 bits and their scales."""
+    scales = narrow.scales_for(jnp.max(jnp.abs(pages.astype(jnp.float32)), axis=(1, 3)), dtype)
+    return narrow.narrow(pages.astype(jnp.float32), scales[:, None, :, None], dtype), scales
 
 
 def problems() -> dict[str, list[Problem]]:
@@ -110,27 +126,42 @@ def problems() -> dict[str, list[Problem]]:
             Problem(even, 32, 8, paged_only=True),
         ],
         "Prefill in chunks": [Problem((8192,) * 4, 32, 8, T=512)],
+        "Pages of 8 bits": [
+            Problem((32768,), 32, 8, in_8_bits=True),
+            Problem((32768,) * 4, 32, 8, in_8_bits=True),
+            Problem((8192,) * 8, 32, 8, in_8_bits=True),
+            Problem((8192,) * 32, 32, 8, in_8_bits=True),
+            Problem((2048,) * 64, 64, 8, in_8_bits=True),
+            Problem((32768,) * 4, 32, 8, head_dim=64, in_8_bits=True),
+        ],
     }
 
 
-def functions(problem: Problem, device: jax.Device) -> dict[str, tuple[Callable[..., Any], bool]]:
-    """Implementations, and whether each takes pages."""
-    found: dict[str, tuple[Callable[..., Any], bool]] = {}
-    if not problem.paged_only:
-        found[OURS] = (jaxflash.decode_attention, False)
-    found[OURS_PAGED] = (jaxflash.paged_attention, True)
+def functions(problem: Problem, device: jax.Device) -> dict[str, tuple[Callable[..., Any], str]]:
+    """Implementations, and what each takes: `Problem.arrays`."""
+    found: dict[str, tuple[Callable[..., Any], str]] = {}
+    if not (problem.paged_only or problem.in_8_bits):
+        found[OURS] = (jaxflash.decode_attention, CONTIGUOUS)
+    found[OURS_PAGED] = (jaxflash.paged_attention, PAGES)
+    if problem.in_8_bits:
+        return found | {name: (_ours_in_8_bits, held) for held, name in NARROW.items()}
     if device.platform != "gpu":
         return found
     if problem.is_even and problem.T == 1 and not problem.paged_only:
-        found["cudnn"] = (_cudnn, False)
+        found["cudnn"] = (_cudnn, CONTIGUOUS)
     kvcache, _ = baselines.fa3_kvcache()
     if kvcache is not None and problem.head_dim == baselines.FA3_HEAD_DIM:
         for splits in _SPLITS if problem.T <= _FEW else (1,):
             call = functools.partial(_fa3, kvcache, splits)
             if not problem.paged_only:
-                found[f"fa3, {splits} splits"] = (call, False)
-            found[f"fa3, {splits} splits, pages"] = (functools.partial(_fa3_paged, call), True)
+                found[f"fa3, {splits} splits"] = (call, CONTIGUOUS)
+            found[f"fa3, {splits} splits, pages"] = (functools.partial(_fa3_paged, call), PAGES)
     return found
+
+
+def _ours_in_8_bits(*arrays: Any) -> jax.Array:
+    *others, key_scale, value_scale = arrays
+    return jaxflash.paged_attention(*others, key_scale=key_scale, value_scale=value_scale)
 
 
 def _cudnn(query: Any, key: Any, value: Any, lengths: Any) -> jax.Array:
@@ -154,9 +185,9 @@ def _fa3_paged(
     return call(query, key, value, lengths, jnp.maximum(table, 0))
 
 
-def expected(problem: Problem, arrays: tuple[Any, ...], *, paged: bool) -> np.ndarray:
+def expected(problem: Problem, arrays: tuple[Any, ...], held: str) -> np.ndarray:
     """The first sequence's output for the first head of the keys, in float32."""
-    query, key, value = (np.asarray(x) for x in _first(problem, arrays, paged))
+    query, key, value = (np.asarray(x) for x in _first(problem, arrays, held))
     groups, n = problem.query_heads // problem.kv_heads, problem.lengths[0]
     logits = np.einsum("tgh,sh->gts", query[:, :groups], key) * problem.head_dim**-0.5
     seen = Band(None, 0).allowed(n - problem.T + np.arange(problem.T)[:, None], np.arange(n))
@@ -166,15 +197,18 @@ def expected(problem: Problem, arrays: tuple[Any, ...], *, paged: bool) -> np.nd
     return np.einsum("gts,sh->tgh", weights, value)[None]
 
 
-def _first(problem: Problem, arrays: tuple[Any, ...], paged: bool) -> tuple[Any, ...]:
+def _first(problem: Problem, arrays: tuple[Any, ...], held: str) -> tuple[Any, ...]:
     n = problem.lengths[0]
     query, *cache = arrays[:3]
-    if paged:
-        pages = arrays[3][0, : -(-n // PAGE_SIZE)]
-        cache = [x[pages, :, 0].reshape(-1, problem.head_dim) for x in cache]
+    if held == CONTIGUOUS:
+        cache = [x[0, :, 0].astype(jnp.float32) for x in cache]
     else:
-        cache = [x[0, :, 0] for x in cache]
-    return query[0].astype(jnp.float32), *(x[:n].astype(jnp.float32) for x in cache)
+        pages = arrays[3][0, : -(-n // PAGE_SIZE)]
+        cache = [x[pages, :, 0].astype(jnp.float32) for x in cache]  # [pages, PAGE_SIZE, H]
+        for i, scale in enumerate(arrays[5:]):
+            cache[i] *= scale[pages, 0][:, None, None]
+        cache = [x.reshape(-1, problem.head_dim) for x in cache]
+    return query[0].astype(jnp.float32), *(x[:n] for x in cache)
 
 
 def measure(
@@ -182,26 +216,25 @@ def measure(
 ) -> tuple[dict[str, Timing], dict[str, str]]:
     """Times, and why others have none: a wrong answer is not timed."""
     programs, reasons = {}, {}
-    inputs = {
-        p: problem.arrays(paged=p) for p in ((True,) if problem.paged_only else (False, True))
-    }
-    wanted = {p: expected(problem, arrays, paged=p) for p, arrays in inputs.items()}
+    wanted_by = functions(problem, device)
+    inputs = {held: problem.arrays(held) for held in {held for _, held in wanted_by.values()}}
+    wanted = {held: expected(problem, arrays, held) for held, arrays in inputs.items()}
     waiting = {}
-    for name, (function, paged) in functions(problem, device).items():
+    for name, (function, held) in wanted_by.items():
         try:
-            waiting[name] = compiler.submit(function, *inputs[paged]), paged
+            waiting[name] = compiler.submit(function, *inputs[held]), held
         except (ValueError, NotImplementedError) as error:
             reasons[name] = results.first_line(error)
     groups = problem.query_heads // problem.kv_heads
-    for name, (future, paged) in waiting.items():
+    for name, (future, held) in waiting.items():
         try:
-            program = Program(future.result(), inputs[paged])
+            program = Program(future.result(), inputs[held])
             out = program()
         except jax.errors.JaxRuntimeError as error:
             reasons[name] = results.first_line(error)
             continue
         out = out[0] if isinstance(out, tuple) else out
-        off = tile_error(np.asarray(out[:1, :, :groups], np.float32), wanted[paged])
+        off = tile_error(np.asarray(out[:1, :, :groups], np.float32), wanted[held])
         if off <= float(jnp.finfo(jnp.bfloat16).eps):
             programs[name] = program
         else:
@@ -235,7 +268,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sections = [
         "Each cell: median us / TB/s of the keys and values needed; prefill: TFLOP/s. FA3 is given "
         f"{' and '.join(map(str, _SPLITS))} splits, the better one counts. Ratios: the best peer's "
-        f"time over ours, contiguous to contiguous and pages ({PAGE_SIZE} tokens) to pages.",
+        f"time over ours, contiguous to contiguous and pages ({PAGE_SIZE} tokens) to pages; for "
+        "pages of 8 bits the time of our own pages of 16 over theirs.",
         f"In the same run an array is read at {limits['read']:.2f} TB/s and copied at "
         f"{limits['copy']:.2f} (read and written).",
     ]
@@ -243,13 +277,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for heading, rows in problems().items():
         if options.only and not any(word.lower() in heading.lower() for word in options.only):
             continue
-        lines = []
+        lines, in_8_bits = [], rows[0].in_8_bits
         for problem in rows:
             timings, reasons = measure(problem, compiler, options.repeats, device)
-            lines.append(_line(problem, timings, reasons, footnotes))
+            line = _line_in_8_bits if in_8_bits else _line
+            lines.append(line(problem, timings, reasons, footnotes))
             print(" | ".join(lines[-1]), flush=True)
             records += _records(problem, timings, reasons)
-        sections += [f"### {heading}", results.markdown_table(_HEADERS, lines)]
+        headers = _HEADERS_IN_8_BITS if in_8_bits else _HEADERS
+        sections += [f"### {heading}", results.markdown_table(headers, lines)]
     sections.append(footnotes.text())
     origin = results.origin(device)
     title = "Decoding and paged attention"
@@ -293,17 +329,44 @@ def _line(
     ]
 
 
-def _entry(problem: Problem, ms: float) -> str:
+_HEADERS_IN_8_BITS = ["", OURS_PAGED]
+for _name in NARROW.values():
+    _HEADERS_IN_8_BITS += [_name, "ratio"]
+
+
+def _line_in_8_bits(
+    problem: Problem,
+    timings: Mapping[str, Timing],
+    reasons: Mapping[str, str],
+    footnotes: results.Footnotes,
+) -> list[str]:
+    """Ratios are to our own pages of 16 bits."""
+    line = [problem.label]
+    for held, name in ({PAGES: OURS_PAGED} | NARROW).items():
+        timed = name in timings
+        text = _entry(problem, timings[name].median_ms, held) if timed else reasons[name]
+        line.append(text if timed else footnotes.empty_cell(text))
+        if held != PAGES:
+            both = timed and OURS_PAGED in timings
+            ratio = timings[OURS_PAGED].median_ms / timings[name].median_ms if both else None
+            line.append(f"{ratio:.3f}" if ratio else "")
+    return line
+
+
+def _entry(problem: Problem, ms: float, held: str = PAGES) -> str:
     if problem.T > _FEW:
         return f"{ms * 1e3:.4g} / {problem.flops / ms / 1e9:.0f}"
-    return f"{ms * 1e3:.4g} / {problem.bytes / ms / 1e9:.2f}"
+    return f"{ms * 1e3:.4g} / {problem.bytes(held) / ms / 1e9:.2f}"
 
 
 def _records(
     problem: Problem, timings: Mapping[str, Timing], reasons: Mapping[str, str]
 ) -> list[dict[str, Any]]:
-    common = {"problem": problem.label, "bytes": problem.bytes, "flops": problem.flops}
-    timed = [
-        common | {"implementation": n, "reason": None} | t.record() for n, t in timings.items()
-    ]
-    return timed + [common | {"implementation": n, "reason": r} for n, r in reasons.items()]
+    held_by = {name: held for held, name in NARROW.items()}
+    records = []
+    for name in (*timings, *reasons):
+        needed = problem.bytes(held_by.get(name, PAGES))
+        record = {"problem": problem.label, "bytes": needed, "flops": problem.flops}
+        record |= {"implementation": name, "reason": reasons.get(name)}
+        records.append(record | (timings[name].record() if name in timings else {}))
+    return records

@@ -64,7 +64,7 @@ def test_decode_counts_what_is_needed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ragged = decode.Problem((200, 300), 4, 2, head_dim=32, paged_only=True)
-    assert ragged.bytes == 500 * 2 * 32 * 2 * 2  # heads, columns, K and V, bytes of each
+    assert ragged.bytes() == 500 * 2 * 32 * 2 * 2  # heads, columns, K and V, bytes of each
     chunk = decode.Problem((100, 100), 4, 2, T=20, head_dim=32)
     assert chunk.flops == 2 * 4 * 4 * 32 * sum(range(81, 101))
     monkeypatch.setattr(decode, "problems", lambda: {"All": [ragged, chunk]})
@@ -77,6 +77,19 @@ def test_decode_counts_what_is_needed(
     assert "| B2 S200..300 N4/2 H32 " in capsys.readouterr().out
 
 
+def test_decode_compares_pages_of_8_bits_with_those_of_16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problem = decode.Problem((200, 150), 4, 2, head_dim=32, in_8_bits=True)
+    monkeypatch.setattr(decode, "problems", lambda: {"All": [problem]})
+    assert decode.main(["--repeats", "1", "--out", str(tmp_path)]) == 0
+    rows = results.read_rows(next(tmp_path.glob("decode-*.jsonl")))
+    assert [row["implementation"] for row in rows] == [decode.OURS_PAGED, *decode.NARROW.values()]
+    assert rows[0]["bytes"] == 2 * rows[1]["bytes"] == 2 * rows[2]["bytes"]
+    assert all(row["median_ms"] > 0 for row in rows)
+    assert "| jaxflash, pages of int8 | ratio |" in capsys.readouterr().out
+
+
 def test_decode_does_not_time_a_wrong_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,7 +98,7 @@ def test_decode_does_not_time_a_wrong_answer(
 
     problem = decode.Problem((100,), 2, 1, head_dim=16)
     monkeypatch.setattr(decode, "problems", lambda: {"One": [problem]})
-    monkeypatch.setattr(decode, "functions", lambda *_: {decode.OURS: (wrong, False)})
+    monkeypatch.setattr(decode, "functions", lambda *_: {decode.OURS: (wrong, decode.CONTIGUOUS)})
     assert decode.main(["--repeats", "1", "--out", str(tmp_path)]) == 1
     (row,) = results.read_rows(next(tmp_path.glob("decode-*.jsonl")))
     assert row["reason"].startswith("wrong: relative error")

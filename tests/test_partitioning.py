@@ -17,6 +17,7 @@ from jaxflash import xla
 from jaxflash.arguments import canonicalize
 from jaxflash.gathering import gathering
 from jaxflash.partitioning import partitioned
+from pallas_kernels.spec import narrow
 
 _IDS = np.repeat(np.array([[0, 1, 2, 3]] * 4, np.int32), 6, axis=1)
 _ROWS = {"query_segment_ids": _IDS, "key_value_segment_ids": _IDS}
@@ -144,42 +145,59 @@ _TABLE = np.array([[5, 2], [7, 1], [0, 3], [4, 6]], np.int32)
 _HELD = np.array([24, 9, 32, 17], np.int32)
 
 
-def _of_cache(in_pages: bool) -> tuple[tuple[jax.Array, ...], tuple[P, ...]]:
+def _of_cache(kind: str) -> tuple[tuple[Any, ...], tuple[P, ...]]:
     """What attention to a cache takes, and how a mesh of batch and heads divides it."""
     query, *caches = (
         jax.random.normal(jax.random.key(i), shape)
         for i, shape in enumerate([(4, 2, 8, 16), *[(8, 16, 4, 16)] * 2])
     )
     by_head = P("data", None, "model")
-    if in_pages:
-        of_pages = P(None, None, "model")
-        places = (by_head, of_pages, of_pages, P("data"), P("data"))
-        return (query, *caches, jnp.asarray(_TABLE), jnp.asarray(_HELD)), places
-    whole = [x.reshape(4, 32, 4, 16) for x in caches]
-    return (query, *whole, jnp.asarray(_HELD)), (by_head, by_head, by_head, P("data"))
+    if kind == "contiguous":
+        whole = [x.reshape(4, 32, 4, 16) for x in caches]
+        return (query, *whole, jnp.asarray(_HELD)), (by_head, by_head, by_head, P("data"))
+    of_pages, of_scales = P(None, None, "model"), P(None, "model")
+    places = (by_head, of_pages, of_pages, P("data"), P("data"))
+    sequences = jnp.asarray(_TABLE), jnp.asarray(_HELD)
+    if kind == "pages":
+        return (query, *caches, *sequences), places
+    scales = [narrow.scales_for(jnp.abs(x).max((1, 3)), jnp.int8) for x in caches]
+    pages = [
+        narrow.narrow(x, scale[:, None, :, None], jnp.int8)
+        for x, scale in zip(caches, scales, strict=True)
+    ]
+    return (query, *pages, *sequences, *scales), (*places, of_scales, of_scales)
 
 
-@pytest.mark.parametrize("in_pages", [False, True], ids=["contiguous", "pages"])
-def test_explicit_axes_of_caches(in_pages: bool) -> None:
-    attend = jaxflash.paged_attention if in_pages else jaxflash.decode_attention
-    arrays, places = _of_cache(in_pages)
-    expected = attend(*arrays)
+def _attend(*arrays: Any) -> Any:
+    query, key, value, *sequences = arrays
+    if len(sequences) == 1:
+        return jaxflash.decode_attention(*arrays)
+    table, lengths, *scales = sequences
+    named = dict(zip(("key_scale", "value_scale"), scales, strict=False))
+    return jaxflash.paged_attention(query, key, value, table, lengths, **named)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "pages", "pages-of-8-bits"])
+def test_explicit_axes_of_caches(kind: str) -> None:
+    arrays, places = _of_cache(kind)
+    expected = _attend(*arrays)
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
     with jax.set_mesh(mesh):
         placed = [
             jax.device_put(x, NamedSharding(mesh, by)) for x, by in zip(arrays, places, strict=True)
         ]
-        run = jax.jit(attend).lower(*placed).compile()
+        run = jax.jit(_attend).lower(*placed).compile()
         found = run(*placed)
     assert "all-gather" not in run.as_text()
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
-def test_pages_stay_where_they_are() -> None:
+@pytest.mark.parametrize("kind", ["pages", "pages-of-8-bits"])
+def test_pages_stay_where_they_are(kind: str) -> None:
     """Under jit alone: pages are divided by heads, sequences by the batch."""
-    arrays, places = _of_cache(in_pages=True)
+    arrays, places = _of_cache(kind)
 
-    def attend(query: Any, key: Any, value: Any, table: Any, lengths: Any) -> jax.Array:
+    def attend(query: Any, key: Any, value: Any, table: Any, lengths: Any, *scales: Any) -> Any:
         problem, x = canonicalize(
             query,
             *(jnp.zeros((4, 0, 4, 16)),) * 2,
@@ -187,7 +205,8 @@ def test_pages_stay_where_they_are() -> None:
             query_offset=lengths - 2,
             key_value_seq_lengths=lengths,
         )
-        x = x._replace(key=key, value=value, page_table=table)
+        named = dict(zip(("key_scale", "value_scale"), scales, strict=False))
+        x = x._replace(key=key, value=value, page_table=table, **named)
         return partitioned(gathering(xla.forward))(problem.of(x), x)[0]
 
     placed = [
@@ -195,7 +214,7 @@ def test_pages_stay_where_they_are() -> None:
     ]
     run = jax.jit(attend).lower(*placed).compile()
     assert "all-gather" not in run.as_text()
-    np.testing.assert_allclose(run(*placed), jaxflash.paged_attention(*arrays), atol=2e-5)
+    np.testing.assert_allclose(run(*placed), _attend(*arrays), atol=2e-5)
 
 
 def test_explain_tells_what_is_gathered() -> None:
