@@ -22,10 +22,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.experimental.mosaic.gpu import constraints
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # On import Mosaic sets MOSAIC_GPU_CUDA_ROOT; imported later, it would undo `_dumping`.
@@ -199,8 +201,10 @@ def _dumping(folder: str) -> Iterator[None]:
     }
     if root := _disassembler_root():
         changes |= {"MOSAIC_GPU_DUMP_SASS": "1", "MOSAIC_GPU_CUDA_ROOT": str(root)}
+    # Mosaic would also write how it chose layouts, a text that takes most of the time.
+    without = mock.patch.object(constraints.ConstraintSystem, "__str__", return_value="")
     # Of a program taken from the compilation cache nothing would be reported.
-    with _environment(changes), _configured("jax_enable_compilation_cache", False):
+    with _environment(changes), _configured("jax_enable_compilation_cache", False), without:
         yield
 
 

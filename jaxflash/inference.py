@@ -174,13 +174,14 @@ def paged_attention(
     held_values = checks.as_array("value_pages", value_pages)
     table = integers("page_table", page_table)
     _check_pages(query, held_keys, held_values, table)
-    checks.scales(held_keys, held_values, key_scale, value_scale)
+    named = ("key_scale", key_scale), ("value_scale", value_scale)
+    scales = [None if x is None else checks.as_array(name, x) for name, x in named]
+    checks.scales(held_keys, held_values, *scales)
     P, page_size = held_keys.shape[:2]
     held = _lengths(lengths, query.shape[:1])
     rules = pages.table_rules(table, held, P, page_size, "give page_table more columns")
     held = enforce(held, *rules, debug_checks=debug_checks)
     held, table = jnp.asarray(held), jnp.asarray(table)
-    scales = (None if x is None else jnp.asarray(x) for x in (key_scale, value_scale))
     return _attend(
         (query, held_keys, held_values, *scales),
         held,

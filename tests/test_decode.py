@@ -94,7 +94,7 @@ CALLS = [
 INTERPRETED = (
     "longer_than_held", "many_rows", "value_dim", "odd_capacity", "alibi_and_sinks", "pages_256",
     "pages_everything", "chunk_of_prefill_16", "empty_sequence", "counts", "counts_of_pages",
-    "fp8_pages", "fp8_pages_everything", "int8_pages",
+    "fp8_pages", "fp8_pages_everything", "int8_pages", "int8_chunk",
 )  # fmt: skip
 # Too much alike to the others to be interpreted.
 NOT_BY_TRITON = ("full_cache", "multi_query", "float16", "pages_128")

@@ -85,7 +85,10 @@ def _check(run: Callable[..., Any], options: dict[str, Any], qkv: tuple[jax.Arra
         jax.jit(jax.value_and_grad(functools.partial(loss, f), (0, 1), has_aux=True))(qkv, floating)
         for f in (run, whole)
     )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 2e-5), found, want)
+    for x, expected in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        # Sums over all tokens, as of slopes, are rounded in proportion to what is summed.
+        atol = max(2e-5, 1e-6 * float(jnp.max(jnp.abs(expected), initial=0)))
+        np.testing.assert_allclose(x, expected, 1e-5, atol)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,6 @@ class Config:
     q_stages: int = 2  # 1: the next tile's Q comes when this tile's scores are done
     late_wait: bool = False  # keep O += P V running during the exponentials
     ping_pong: bool = False  # consumers start their products in turns
-    narrow_stages: int = 0  # of keys and values of 8 bits that are to be widened
 
     def __post_init__(self) -> None:
         if self.consumers not in REGISTERS:
@@ -75,15 +74,17 @@ class Config:
         of_row = mosaic.Form.of(self.block_kv, H, itemsize=itemsize).columns
         keys = self.block_kv * of_row + sum(map(math.prod, self.values(Hv, itemsize).pieces))
         inputs = self.q_stages * self.block_q * of_row + self.stages * keys
-        narrow = self.narrow_stages * self.block_kv * (H + Hv)
-        return itemsize * inputs + narrow + 2 * self.block_q * staged
+        return itemsize * inputs + 2 * self.block_q * staged
+
+    def spare_bytes(self, H: int, Hv: int, staged: int, itemsize: int) -> int:
+        """How much of shared memory is left; less than 0 if there is not enough."""
+        needed = self.smem_bytes(H, Hv, staged, itemsize) + _SMEM_REST
+        return _SMEM_BYTES - needed - (_SMEM_SCALES if itemsize == 1 else 0)
 
     def staging(self, H: int, Hv: int, itemsize: int = 2) -> "Staging | None":
         """As much of a row of O as shared memory has room for; None if it has none."""
         for staging in Staging.of(Hv):
-            needed = self.smem_bytes(H, Hv, staging.form.columns, itemsize) + _SMEM_REST
-            needed += _SMEM_SCALES if itemsize == 1 else 0
-            if needed <= _SMEM_BYTES:
+            if self.spare_bytes(H, Hv, staging.form.columns, itemsize) >= 0:
                 return staging
         return None
 

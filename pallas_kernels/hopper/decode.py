@@ -29,8 +29,8 @@ _STAGES = (6, 5, 4, 3, 2)
 # (bench/LOG.md, decoding), the third a compromise.
 _COST_OF_PART, _COST_OF_MERGE, _LATE = 0.5, 1.0, 1 / 8
 _MAX_PARTS = 32
-# Of pages of 8 bits: tiles are widened one by one, and many are on their way.
-_NARROW = Config(consumers=1, block_kv=ROWS, stages=2, narrow_stages=7, q_stages=1)
+# Of pages of 8 bits: tiles are widened one by one; what room there is is for those on their way.
+_NARROW = Config(consumers=1, block_kv=ROWS, stages=2, q_stages=1)
 _NARROW_COLUMNS = (64, 128)
 
 

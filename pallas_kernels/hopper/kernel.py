@@ -25,6 +25,7 @@ RANGE = 8.0  # log2 of what probabilities are multiplied by to be 8-bit numbers:
 # as they are, which saves more instructions than it costs where there are many columns.
 PATIENCE = 8.0
 _MANY = 128
+_MOST_NARROW = 8  # stages of pages of 8 bits
 
 
 class Scales(NamedTuple):
@@ -98,19 +99,25 @@ class Forms(NamedTuple):
     # Of pages of 8 bits; else of no use.
     k_narrow: mosaic.Form
     v_narrow: mosaic.Form
+    narrow_stages: int
 
     @classmethod
     def of(cls, p: spec.Problem, c: Config) -> "Forms":
         itemsize = p.operands.query.dtype.itemsize
         staging = c.staging(p.H, p.Hv, itemsize)
         assert staging is not None, f"{c} needs too much shared memory for {p.H=}, {p.Hv=}"
+        spare = c.spare_bytes(p.H, p.Hv, staging.form.columns, itemsize)
+        narrow = [mosaic.Form.of(c.block_kv, n, dividing=ROWS, itemsize=1) for n in (p.H, p.Hv)]
+        table = p.operands.page_table
         return cls(
-            mosaic.Form.of(ROWS, p.H, itemsize=itemsize),
-            mosaic.Form.of(c.block_kv, p.H, itemsize=itemsize),
-            c.values(p.Hv, itemsize),
-            staging,
-            1 if p.operands.page_table is None else max(1, c.block_kv // p.operands.key.shape[1]),
-            *(mosaic.Form.of(c.block_kv, n, dividing=ROWS, itemsize=1) for n in (p.H, p.Hv)),
+            q=mosaic.Form.of(ROWS, p.H, itemsize=itemsize),
+            k=mosaic.Form.of(c.block_kv, p.H, itemsize=itemsize),
+            v=c.values(p.Hv, itemsize),
+            out=staging,
+            parts=1 if table is None else max(1, c.block_kv // p.operands.key.shape[1]),
+            k_narrow=narrow[0],
+            v_narrow=narrow[1],
+            narrow_stages=min(_MOST_NARROW, spare // (c.block_kv * (p.H + p.Hv))),
         )
 
     def arrays(self, x: spec.Operands) -> spec.Operands:
@@ -125,19 +132,19 @@ class Forms(NamedTuple):
         """Shared memory and barriers, by their names in `Refs`."""
         x, dtype = p.operands, p.operands.query.dtype
         of_k, of_v = self.k.copies_in(self.parts), self.v.copies_in(self.parts)
-        found: dict[str, Any] = {}
+        others: dict[str, Any] = {}
         if x.is_quantized:
             of_k += 1  # with the scales of the stage
-            found["q_scale_smem"] = mosaic.SMEM((c.q_stages, c.consumers), jnp.float32)
-            found["kv_scale_smem"] = mosaic.SMEM((c.stages, 2), jnp.float32)
+            others["q_scale_smem"] = mosaic.SMEM((c.q_stages, c.consumers), jnp.float32)
+            others["kv_scale_smem"] = mosaic.SMEM((c.stages, 2), jnp.float32)
         if x.has_narrow_pages:
             narrow = self.k_narrow, self.v_narrow
             for name, form in zip(("k_narrow_smem", "v_narrow_smem"), narrow, strict=True):
-                found[name] = form.smem(c.narrow_stages, dtype=x.key.dtype)
+                others[name] = form.smem(self.narrow_stages, dtype=x.key.dtype)
             copies = sum(form.copies_in(self.parts) for form in narrow)
-            found["narrow_full"] = _barriers(c.narrow_stages, copies)
+            others["narrow_full"] = _barriers(self.narrow_stages, copies)
             of_k = of_v = 1  # when they have been widened
-        return found | {
+        return {
             "q_smem": self.q.smem(c.q_stages, c.consumers, dtype=dtype),
             "k_smem": self.k.smem(c.stages, dtype=dtype),
             "v_smem": self.v.smem(c.stages, dtype=dtype),
@@ -152,7 +159,7 @@ class Forms(NamedTuple):
             "v_free": _barriers(c.stages, c.consumers),
             "v_raw": mosaic.Barrier(num_arrivals=of_v),
             "turn": _barriers(c.consumers, 1),
-        }
+        } | others
 
     def refs(self, given: Any, out: Any, lse: Any, scratch: dict[str, Any]) -> Refs:
         """From what a kernel is given, its outputs, and what `scratch` asked for."""

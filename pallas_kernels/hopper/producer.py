@@ -27,7 +27,8 @@ def produce(k: Forward) -> None:
         for i in range(c.consumers):
             rows = pl.ds(work.q_block * c.block_q + i * ROWS, ROWS)
             mosaic.copy_in(k.query(work, rows), r.q_smem.at(stage, i), r.q_full.at[stage])
-        return (produce_widened if k.config.narrow_stages else produce_keys)(k, work, step)
+        narrow = k.problem.operands.has_narrow_pages
+        return (produce_widened if narrow else produce_keys)(k, work, step)
 
     rounds, steps, tile = each_tile(k, r.ticket_smem, load)
     stage = announce(k, rounds, tile, None)  # that there is none left

@@ -35,14 +35,14 @@ class Tiles(NamedTuple):
     @property
     def ahead(self) -> int:
         """How many visits before it is widened a tile is copied."""
-        return self.k.config.narrow_stages - 1
+        return self.k.forms.narrow_stages - 1
 
     def pages(self, j: Any) -> tuple[Any, ...]:
         """The pages of a visit's keys; of some, if there is no such visit."""
         return pages_of(self.k, self.work, self.walk.tile(j))
 
     def slot(self, j: Any) -> Any:
-        return lax.rem(self.step + j, self.k.config.narrow_stages)
+        return lax.rem(self.step + j, self.k.forms.narrow_stages)
 
     def start(self, j: Any, pages: tuple[Any, ...]) -> None:
         """Starts to copy what a visit needs, if there is such a visit."""
