@@ -22,6 +22,7 @@ from bench import results, seed
 from bench.capacity import format_bytes
 from bench.gpus import GPUS, as_if_on
 from bench.results import Line, markdown_table
+from bench.serving import IN_8_BITS
 from pallas_kernels.spec.quantization import FP8
 
 SUMMARY = "Answers every table of the seed document, from results that are there."
@@ -393,7 +394,8 @@ def generation_rates(found: Found) -> str:
 
 def serving_rates(found: Found) -> str:
     """Users and tokens a second in the same memory."""
-    rows = [found.latest("serving", cache=name) for name in ("contiguous", "pages")]
+    caches = "contiguous", "pages", IN_8_BITS
+    rows = [found.latest("serving", cache=name) for name in caches]
     if rows[0] is None or rows[1] is None:
         return _section("Serving", found.command("serving"))
     lines = [

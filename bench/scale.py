@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench scale", description=SUMMARY)
     add = parser.add_argument
     add("--seq", type=int, nargs="+", metavar="T", default=LENGTHS, help="tokens of the whole")
+    add("--striped", type=int, nargs="+", metavar="T", default=[], help="more, by one method alone")
     add("--alone", type=int, default=_ALONE, help="tokens of the problem on one device")
     add("--heads", type=int, default=32)
     add("--head-dim", type=int, default=128)
@@ -80,34 +81,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     def shape(length: int) -> Shape:
         return Shape(1, length, length, options.heads, options.heads, options.head_dim, True)
 
-    lengths = {options.alone, *options.seq}
+    wanted = [(length, name) for length in options.seq for name in METHODS]
+    wanted += [(length, _STRIPED) for length in options.striped]
     with ThreadPoolExecutor() as pool:  # compiling takes longer than running
         for direction in DIRECTIONS:
             pool.submit(_compiled, _ALONE_NAME, shape(options.alone), direction, 1)
-            for each in itertools.product(METHODS, map(shape, lengths), (direction,), counts):
-                pool.submit(_compiled, *each)
+            compiled = {(options.alone, name) for name in METHODS} | set(wanted)
+            for (length, name), count in itertools.product(compiled, counts):
+                pool.submit(_compiled, name, shape(length), direction, count)
     for direction in DIRECTIONS:
         known = shape(options.alone)
         alone = _measure(_ALONE_NAME, known, direction, 1)
         rate = flops(known, direction) / alone.seconds
-        for length in options.seq:
-            for count in counts:
-                for name in METHODS:
-                    row = {"direction": direction, "length": length, "devices": count}
-                    row |= {"method": name, "one_device_tflops": rate / 1e12}
-                    row |= {"error_at": options.alone}
-                    try:
-                        row["error"] = _error(name, known, direction, count)
-                        found = _measure(name, shape(length), direction, count)
-                    except (jax.errors.JaxRuntimeError, ValueError) as error:
-                        records.append(row | {"reason": results.first_line(error)[:200]})
-                        lines.append(_line(row, None, 0.0))
-                        continue
-                    is_wrong |= not row["error"] <= _ALLOWED  # also where it is NaN
-                    share = flops(shape(length), direction) / count / found.seconds / rate
-                    records.append(row | found._asdict() | {"efficiency": share, "reason": None})
-                    lines.append(_line(row, found, share))
-                    print(" | ".join(lines[-1]), flush=True)
+        for count, (length, name) in itertools.product(counts, wanted):
+            row = {"direction": direction, "length": length, "devices": count}
+            row |= {"method": name, "one_device_tflops": rate / 1e12, "error_at": options.alone}
+            try:
+                row["error"] = _error(name, known, direction, count)
+                found = _measure(name, shape(length), direction, count)
+            except (jax.errors.JaxRuntimeError, ValueError) as error:
+                records.append(row | {"reason": results.first_line(error)[:200]})
+                lines.append(_line(row, None, 0.0))
+                continue
+            is_wrong |= not row["error"] <= _ALLOWED  # also where it is NaN
+            share = flops(shape(length), direction) / count / found.seconds / rate
+            records.append(row | found._asdict() | {"efficiency": share, "reason": None})
+            lines.append(_line(row, found, share))
+            print(" | ".join(lines[-1]), flush=True)
     headers = ["", "T", "devices", "by", "ms", "tokens a second", "efficiency", "memory a device"]
     headers += ["error"]
     sections = [

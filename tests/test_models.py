@@ -172,8 +172,8 @@ def test_serving_answers_as_each_request_alone(pages: int | None) -> None:
     config = _small("llama-2-70b")
     model = random_model(config, None, jnp.float32)
     requests = serving.random_requests(6, config.vocabulary, (3, 20), (1, 9))
-    memory = serving.Memory(slots=3, capacity=32, pages=pages, page_size=16)
-    server = serving.Server(model, config, memory, chunk=8, steps=4, dtype=jnp.float32)
+    memory = serving.Memory(slots=3, capacity=32, pages=pages, page_size=16, dtype="float32")
+    server = serving.Server(model, config, memory, chunk=8, steps=4)
     served = server.serve(requests)
     assert 1 < served.users <= 3
     for request, answer in zip(requests, served.answers, strict=True):

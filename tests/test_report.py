@@ -58,10 +58,12 @@ def test_tables_of_fp8_end_to_end(name: str, tmp_path: Path) -> None:
 
 def test_table_of_several_devices_end_to_end(tmp_path: Path) -> None:
     argv = ["--seq", "512", "--alone", "256", "--heads", "2", "--head-dim", "16", "--devices", "2"]
+    argv += ["--striped", "768"]
     assert entry.main(["scale", *argv, "--out", str(tmp_path)]) == 0
     (jsonl,) = tmp_path.glob("scale-*.jsonl")
     rows = results.read_rows(jsonl)
-    assert {row["method"] for row in rows} == set(scale.METHODS)
+    assert {row["method"] for row in rows if row["length"] == 512} == set(scale.METHODS)
+    assert {row["method"] for row in rows if row["length"] == 768} == {"ring, striped"}
     for row in rows:
         assert row["reason"] is None
         assert row["seconds"] > 0

@@ -43,6 +43,7 @@ class Memory(NamedTuple):
     capacity: int  # tokens that a request may take
     pages: int | None  # of all slots together; None: each slot has its capacity to itself
     page_size: int = 64
+    dtype: str = "bfloat16"  # of keys and values
 
 
 class Served(NamedTuple):
@@ -62,7 +63,6 @@ class Server:
       memory: slots and pages.
       chunk: tokens of a prompt that are prefilled at once.
       steps: tokens of each request that are decoded before others may come in.
-      dtype: of keys and values.
     """
 
     def __init__(
@@ -73,11 +73,10 @@ class Server:
         *,
         chunk: int = 512,
         steps: int = 8,
-        dtype: Any = jnp.bfloat16,
     ) -> None:
         self._model, self._memory, self._chunk, self._steps = model, memory, chunk, steps
         self._max_pages = -(-memory.capacity // memory.page_size)
-        slots = memory.slots
+        slots, dtype = memory.slots, jnp.dtype(memory.dtype)
         if memory.pages is None:
             self._caches = contiguous_caches(config, slots, memory.capacity, dtype)
             self._allocator = None
