@@ -14,10 +14,12 @@ import numpy as np
 
 import jaxflash
 from bench import results
+from pallas_kernels.spec import narrow
 from pallas_kernels.spec.quantization import FP8
 
 SUMMARY = "Root mean square error against float64: bfloat16, FP8 by its scales, rotated."
 _RATE, _SIGMA = 0.001, 10.0  # of outliers
+_PAGE = 64  # tokens
 _BASE = "FP8, a scale for the tensor"
 
 
@@ -51,6 +53,15 @@ def implementations() -> dict[str, Callable[..., jax.Array]]:
         q, k = (jaxflash.quantize(x, per=per, rotate=rotate) for x in (q, k))
         return jaxflash.dot_product_attention(q, k, jaxflash.quantize(v, per=per, is_value=True))
 
+    def from_pages(q: Any, k: Any, v: Any, *, dtype: Any) -> jax.Array:
+        B, T, N, H = k.shape
+        pages = np.arange(B * T // _PAGE, dtype=np.int32).reshape(B, -1)
+        cache = jaxflash.PagedKVCache.zeros(
+            pages.size, _PAGE, N, H, batch=B, max_pages=pages.shape[1], dtype=dtype
+        )
+        held = cache.with_tables(pages).append(k, v).gather()
+        return jaxflash.dot_product_attention(q, *(x.astype(q.dtype) for x in held))
+
     return {
         "standard, bfloat16": functools.partial(jax.nn.dot_product_attention, implementation="xla"),
         "jaxflash, bfloat16": jaxflash.dot_product_attention,
@@ -62,6 +73,12 @@ def implementations() -> dict[str, Callable[..., jax.Array]]:
         "FP8, a scale for each block, rotated": functools.partial(
             quantized, per="block", rotate=True
         ),
+        **{
+            f"bfloat16, keys and values from pages of {dtype}": functools.partial(
+                from_pages, dtype=dtype
+            )
+            for dtype in narrow.DTYPES
+        },
     }
 
 
