@@ -99,6 +99,20 @@ def test_a_page_that_is_taken_again_forgets_its_scale(held: Any) -> None:
 
 
 @HELD
+def test_what_is_not_finite_leaves_others_alone(held: Any) -> None:
+    key, value = kv(1, 5)
+    spoiled = key.at[0, 1, 0, 2].set(np.nan).at[0, 2, 0, 1].set(-np.inf)
+    clean, cache = (append(paged([[3]], dtype=held), x, value) for x in (key, spoiled))
+    found, want = (np.array(x.gather()[0][0, :5]) for x in (cache, clean))
+    assert np.isnan(found[1, 0, 2]) if held == jnp.float8_e4m3fn else found[1, 0, 2] == 0
+    assert cache.key_scale is not None
+    assert found[2, 0, 1] == -narrow.largest(held) * cache.key_scale[3, 0]
+    for x in (found, want):
+        x[1, 0, 2] = x[2, 0, 1] = 0
+    np.testing.assert_array_equal(found, want)
+
+
+@HELD
 def test_what_has_no_page_or_no_room_is_dropped(held: Any) -> None:
     new = kv(2, 40)
     cache = append(paged([[3, -1, 4], [6, 1, 0]], dtype=held), *new)

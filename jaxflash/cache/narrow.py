@@ -42,7 +42,7 @@ def append(
     before = jnp.where(is_held.any(2)[..., None], scales[at], 0)  # [B, written, K]
     kept = _zero_unless(is_held, narrow.widen(held[at], before[:, :, None, :, None]))
 
-    size = jnp.max(jnp.abs(fresh), axis=(2, 4))
+    size = jnp.max(jnp.abs(fresh), axis=(2, 4), where=jnp.isfinite(fresh), initial=0)
     after = jnp.maximum(before, narrow.scales_for(size, held.dtype))
     tokens = narrow.narrow(fresh + kept, after[:, :, None, :, None], held.dtype)
     at = jnp.where(is_written, page, P)  # past the end: dropped

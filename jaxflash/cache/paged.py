@@ -25,7 +25,8 @@ class PagedKVCache:
 
     Pages of 8 bits, float8_e4m3fn or int8, hold numbers to be multiplied with the scale that their
     page has for their head. ``append`` finds it, a power of two: where a new token is too large for
-    it, it grows, and what the page holds is rounded again.
+    it, it grows, and what the page holds is rounded again. Infinities are as large as the page's
+    largest number then; NaN stays, but int8 has none and holds 0.
 
     Args:
       key_pages: ``[P, page_size, K, H]``; bfloat16, float16, float32, float64, float8_e4m3fn or

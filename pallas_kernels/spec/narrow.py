@@ -29,9 +29,9 @@ def scales_for(size: jax.Array, dtype: Any) -> jax.Array:
 
 
 def narrow(x: jax.Array, scales: jax.Array, dtype: Any) -> jax.Array:
-    """The numbers of a dtype whose products with scales are nearest to x."""
+    """The numbers of a dtype whose products with scales are nearest to x; 0 where it has no NaN."""
     x = jnp.clip(x / scales, -largest(dtype), largest(dtype))
-    return (x if dtype == FLOATING else jnp.round(x)).astype(dtype)
+    return (x if dtype == FLOATING else jnp.nan_to_num(jnp.round(x))).astype(dtype)
 
 
 def bits(x: jax.Array) -> jax.Array:
