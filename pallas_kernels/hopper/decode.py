@@ -32,6 +32,7 @@ _MAX_PARTS = 32
 # Of pages of 8 bits: tiles are widened one by one; what room there is is for those on their way.
 _NARROW = Config(consumers=1, block_kv=ROWS, stages=2, q_stages=1)
 _NARROW_COLUMNS = (64, 128)
+_SIZE_OF_NARROW = 1 / 4  # by bytes, of a visit
 
 
 class Decode(Forward):
@@ -132,12 +133,14 @@ def choose_splits(problem: spec.Problem, c: Config) -> int:
     # A part's output is stored and read again, in place of so many keys and values.
     stored = 2 * min(p.T * p.G, c.block_q) * p.Hv / (c.block_kv * (p.H + p.Hv))
 
+    of_visit = _SIZE_OF_NARROW if p.operands.has_narrow_pages else 1.0
+
     def cost(splits: int) -> float:
         size = pl.cdiv(visits, splits)
         rounds = pl.cdiv(tiles * splits, blocks)
         late = size * _LATE if p.B > 1 else 0.0
         merge = _COST_OF_MERGE if splits > 1 else 0.0
-        return rounds * (size + _COST_OF_PART + stored) + late + merge
+        return rounds * ((size + stored) * of_visit + _COST_OF_PART) + late * of_visit + merge
 
     return min(range(1, min(visits, _MAX_PARTS) + 1), key=cost)
 
