@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import jaxflash
 from jaxflash.arguments import canonicalize
+from pallas_kernels import hopper
 from pallas_kernels.spec import quantization as rules
 from tests import oracle
 from tests.test_conformance import INTERPRETS, ON_GPU, running
@@ -200,6 +201,31 @@ def test_out_and_lse(backend: Any, case: str) -> None:
     )  # fmt: skip
     by_tensor_cores = backend == "hopper" and ON_GPU
     error = 1e-4 + (_error_of_logits(wide[0], wide[1], options) if by_tensor_cores else 0)
+    np.testing.assert_allclose(lse, lse_of_truth, rtol=1e-4, atol=error)
+
+
+@pytest.mark.kernel
+@pytest.mark.skipif(not _RUNS_KERNELS, reason="this JAX cannot interpret the kernels")
+@pytest.mark.parametrize(
+    "config", [hopper.Config(block_kv=192), hopper.Config(consumers=3, block_kv=96)], ids=str
+)
+@pytest.mark.parametrize("options", [{"is_causal": True}, {"logits_soft_cap": 2.0}], ids=str)
+def test_tiles_that_blocks_with_scales_cut(config: hopper.Config, options: Any) -> None:
+    query, key, value = (_random(1, 290, 2, 64, seed=i) for i in range(3))
+    factors = jnp.repeat(jnp.array([1.0, 8.0, 0.5], jnp.bfloat16), 128)[:290, None, None]
+    rounded = [
+        jaxflash.quantize(x * by, is_value=is_value)
+        for x, by, is_value in ((query, 1, False), (key, factors, False), (value, factors, True))
+    ]
+    with running("hopper"):
+        out, lse = hopper.forward(*canonicalize(*rounded, **options), config)
+    wide = [x.dequantize() for x in rounded]
+    truth, lse_of_truth = _exact(*wide, options)
+    attained = _attainable(*wide, options)
+    oracle.check_array(
+        "out", *(np.asarray(x, np.float32) for x in (out, attained, truth)), jnp.bfloat16
+    )
+    error = 1e-4 + (_error_of_logits(wide[0], wide[1], options) if ON_GPU else 0)
     np.testing.assert_allclose(lse, lse_of_truth, rtol=1e-4, atol=error)
 
 

@@ -45,6 +45,11 @@ class Config:
     def block_q(self) -> int:
         return self.consumers * ROWS
 
+    @property
+    def scaled_parts(self) -> int:
+        """Of a tile of 8-bit keys, the parts that blocks with scales do not cut."""
+        return self.block_kv // math.gcd(self.block_kv, spec.quantization.SCALED)
+
     @classmethod
     def default(cls, problem: spec.Problem) -> "Config":
         """One that fits every problem; tuned ones are for the caller to choose."""

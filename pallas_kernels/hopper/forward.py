@@ -57,12 +57,15 @@ class Consumer(NamedTuple):
         return Visit.of(self.k, work, find, masked)
 
     def raised(self, q_stage: Any, stage: Any) -> Raised | None:
-        """What the scales of a tile of Q and one of keys come to."""
+        """What the scales of a tile of Q and those of one of keys come to."""
         r = self.k.refs
         if r.scales is None:
             return None
-        of_queries = r.q_scale_smem[q_stage, self.me]
-        return Raised(of_queries * r.kv_scale_smem[stage, 0], r.kv_scale_smem[stage, 1])
+        of_queries, parts = r.q_scale_smem[q_stage, self.me], range(self.k.config.scaled_parts)
+        return Raised(
+            tuple(of_queries * r.kv_scale_smem[stage, i, 0] for i in parts),
+            tuple(r.kv_scale_smem[stage, i, 1] for i in parts),
+        )
 
 
 class Carry(NamedTuple):

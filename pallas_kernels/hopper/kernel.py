@@ -81,7 +81,7 @@ class Refs(NamedTuple):
     turn: mosaic.Ref  # [consumers]: it is this one's turn to start its products
     # Of 8-bit elements, float32.
     q_scale_smem: mosaic.Ref = None  # [q_stages, consumers]
-    kv_scale_smem: mosaic.Ref = None  # [stages, 2]: of the keys; shift
+    kv_scale_smem: mosaic.Ref = None  # [stages, scaled_parts, 2]: of the keys; shift
     # Of pages of 8 bits: tiles before they are widened.
     k_narrow_smem: Any = None  # Matrix [narrow_stages, block_kv, H]
     v_narrow_smem: Any = None  # Matrix [narrow_stages, block_kv, Hv]
@@ -136,7 +136,7 @@ class Forms(NamedTuple):
         if x.is_quantized:
             of_k += 1  # with the scales of the stage
             others["q_scale_smem"] = mosaic.SMEM((c.q_stages, c.consumers), jnp.float32)
-            others["kv_scale_smem"] = mosaic.SMEM((c.stages, 2), jnp.float32)
+            others["kv_scale_smem"] = mosaic.SMEM((c.stages, c.scaled_parts, 2), jnp.float32)
         if x.has_narrow_pages:
             narrow = self.k_narrow, self.v_narrow
             for name, form in zip(("k_narrow_smem", "v_narrow_smem"), narrow, strict=True):

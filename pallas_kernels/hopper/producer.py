@@ -91,8 +91,9 @@ def produce_keys(k: Forward, work: Work, step: Any) -> Any:
         pl.when(again)(lambda: mosaic.barrier_wait(r.k_free.at[stage]))
         source.copy(r.x.key, r.k_smem.at(stage), r.k_full.at[stage])
         if scales:
-            for i, scale in enumerate(scales):
-                r.kv_scale_smem[stage, i] = scale
+            for part, numbers in enumerate(scales):
+                for i, number in enumerate(numbers):
+                    r.kv_scale_smem[stage, part, i] = number
             mosaic.commit_smem()
             mosaic.barrier_arrive(r.k_full.at[stage])
         pl.when(again)(lambda: mosaic.barrier_wait(r.v_free.at[stage]))
@@ -102,13 +103,17 @@ def produce_keys(k: Forward, work: Work, step: Any) -> Any:
     return walk.count
 
 
-def key_scales(k: Forward, work: Work, key0: Any) -> tuple[Any, ...]:
-    """What the consumers must know of a tile of 8-bit keys and values."""
+def key_scales(k: Forward, work: Work, key0: Any) -> tuple[tuple[Any, Any], ...]:
+    """What the consumers must know of each part of a tile of 8-bit keys and values."""
     scales = k.refs.scales
     if scales is None:
         return ()
-    head = k.kv_head(work)
-    return tuple(scale_at(x, work.batch, key0, head) for x in (scales.key, scales.shift))
+    head, parts = k.kv_head(work), k.config.scaled_parts
+    first_keys = (key0 + i * (k.config.block_kv // parts) for i in range(parts))
+    return tuple(
+        (scale_at(scales.key, work.batch, key, head), scale_at(scales.shift, work.batch, key, head))
+        for key in first_keys
+    )
 
 
 def produce_values(k: Forward, hidden: "Hidden | None", source: Source, stage: Any) -> None:

@@ -46,10 +46,31 @@ class Stats(NamedTuple):
 
 
 class Raised(NamedTuple):
-    """What a visit's 8-bit elements ask for."""
+    """What a visit's 8-bit elements ask for, in each part of its keys."""
 
-    scale: Any  # of products of queries with keys
-    shift: Any  # by which log2 of probabilities is raised
+    scale: tuple[Any, ...]  # of products of queries with keys
+    shift: tuple[Any, ...]  # by which log2 of probabilities is raised
+
+
+def over(parts: tuple[Any, ...], shape: tuple[int, ...]) -> Any:
+    """A number for each part of a tile's keys, as a matrix; the number itself if it is one."""
+    return parts[0] if len(parts) == 1 else mosaic.spread_parts(parts, shape)
+
+
+def row_max(s: jax.Array, units: tuple[Any, ...]) -> jax.Array:
+    """The largest of each row, given in multiples of what each part has, greater than 0."""
+    s = mosaic.fold_parts(s, len(units), jnp.maximum)
+    if len(units) == 1:  # fewer to multiply
+        return jnp.max(s, axis=1) * units[0]
+    return jnp.max(s * over(units, s.shape), axis=1)
+
+
+def row_sum(p: jax.Array, weights: tuple[Any, ...]) -> jax.Array:
+    """The sum of each row, weighted."""
+    p = mosaic.fold_parts(p, len(weights), jnp.add)
+    if len(weights) == 1:
+        return jnp.sum(p, axis=1) * weights[0]
+    return jnp.sum(p * over(weights, p.shape), axis=1)
 
 
 class Visit(NamedTuple):
@@ -75,20 +96,24 @@ class Visit(NamedTuple):
         self, stats: Stats, s: jax.Array, raised: Raised | None = None
     ) -> tuple[Stats, jax.Array, jax.Array]:
         """Takes scores into the statistics; returns the decay of what came before, and P."""
-        k, unit = self.k, self.k.unit * LOG2_E
+        k, units = self.k, (self.k.unit * LOG2_E,)
         assert isinstance(k, Forward)
         if raised is not None and k.modifies:
-            s = s * raised.scale
+            s = s * over(raised.scale, s.shape)
         elif raised is not None:
-            unit = unit * raised.scale
+            units = tuple(units[0] * scale for scale in raised.scale)
         s = self.logits(s)
-        m = k.larger(stats.m, jnp.max(s, axis=1) * unit)
+        m = k.larger(stats.m, row_max(s, units))
         base = jnp.where(m == -math.inf, 0.0, m) if self.masked or k.modifies else m
         decay = jnp.exp2(stats.m - base)
-        base = base if raised is None else base - raised.shift
-        p = jnp.exp2(s * unit - mosaic.spread_rows(base, s.shape))
-        total = jnp.sum(p, axis=1)
-        total = total if raised is None else total * jnp.exp2(-raised.shift)
+        lowered = mosaic.spread_rows(base, s.shape)
+        if raised is not None:
+            lowered = lowered - over(raised.shift, s.shape)
+        p = jnp.exp2(s * over(units, s.shape) - lowered)
+        if raised is None:
+            total = jnp.sum(p, axis=1)
+        else:
+            total = row_sum(p, tuple(jnp.exp2(-shift) for shift in raised.shift))
         stats = Stats(m, stats.l * decay + total)
         return stats, decay, self.kept(self.signed(p))
 

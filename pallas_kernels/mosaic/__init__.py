@@ -48,6 +48,7 @@ from pallas_kernels.mosaic.memory import Ref, layout_cast, load, store, tiled_sm
 from pallas_kernels.mosaic.sums import Sums, add, matrices, put
 from pallas_kernels.mosaic.values import (
     floating,
+    fold_parts,
     full,
     iota,
     load_columns,
@@ -56,6 +57,7 @@ from pallas_kernels.mosaic.values import (
     opaque,
     row_iota,
     spread_columns,
+    spread_parts,
     spread_rows,
     uniform,
 )
@@ -85,6 +87,7 @@ __all__ = [
     "copy_smem_to_gmem",
     "counter",
     "floating",
+    "fold_parts",
     "full",
     "gather",
     "interpreting",
@@ -106,6 +109,7 @@ __all__ = [
     "set_max_registers",
     "settle",
     "spread_columns",
+    "spread_parts",
     "spread_rows",
     "start",
     "start_columns",

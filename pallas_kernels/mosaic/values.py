@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from pallas_kernels.mosaic import interpreter
 from pallas_kernels.mosaic.dialects import arith, llvm, vector
 from pallas_kernels.mosaic.memory import Ref, layout_cast, load
 
+_COLUMNS_OF_TILE = 8  # of a matrix: a thread has two of them
 _ROWS, _COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
@@ -144,5 +146,61 @@ def _spread(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
     @plgpu.inline_mgpu(arg_types=(layout,), return_type=result)
     def run(_: Any, x: Any) -> Any:
         return x.broadcast_in_dim(shape, (axis,), fa.WGMMA_LAYOUT)
+
+    return run(x)
+
+
+def spread_parts(parts: tuple[Any, ...], shape: tuple[int, ...]) -> jax.Array:
+    """The matrix of float32 whose columns, in as many parts of one size, are a number each.
+
+    It takes no registers but those of the numbers.
+    """
+    width = shape[1] // len(parts)
+    if interpreter.is_interpreting():
+        return jnp.broadcast_to(jnp.repeat(jnp.stack(parts), width), shape)
+    splat, f32 = plgpu.Layout.WG_SPLAT, jnp.float32
+    result = plgpu.ShapeDtypeStruct(shape, f32, plgpu.Layout.WGMMA)
+
+    @plgpu.inline_mgpu(arg_types=(splat,) * len(parts), return_type=result)
+    def run(_: Any, *parts: Any) -> Any:
+        layout = fa.WGMMA_LAYOUT
+        vectors = ir.VectorType.get((layout.vector_length,), ir.F32Type.get())
+        numbers = [vector.broadcast(vectors, x.registers.item()) for x in parts]
+        registers = np.empty(layout.registers_shape(shape), dtype=object)
+        for at in np.ndindex(registers.shape):
+            registers[at] = numbers[at[1] * _COLUMNS_OF_TILE // width]
+        return fa.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    return run(*(f32(x) for x in parts))
+
+
+def fold_parts(x: jax.Array, parts: int, combine: Any) -> jax.Array:
+    """A matrix of float32 whose parts are folded to eight columns each: its maxima, or its sums.
+
+    A thread combines what it has. One part is left as it is.
+    """
+    if parts == 1:
+        return x
+    rows, columns = x.shape
+    shape = rows, parts * _COLUMNS_OF_TILE
+    if interpreter.is_interpreting():
+        tiles = jnp.moveaxis(x.reshape(rows, parts, -1, _COLUMNS_OF_TILE), 2, 0)
+        return functools.reduce(combine, tiles).reshape(shape)
+    operation = {jnp.maximum: arith.maximumf, jnp.add: arith.addf}[combine]
+    result = plgpu.ShapeDtypeStruct(shape, jnp.float32, plgpu.Layout.WGMMA)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=result)
+    def run(_: Any, x: Any) -> Any:
+        each = columns // _COLUMNS_OF_TILE // parts
+        registers = np.empty(fa.WGMMA_LAYOUT.registers_shape(shape), dtype=object)
+        for at in np.ndindex(registers.shape):
+            row, part, *rest = at
+            of_part = [x.registers[row, part * each + i, *rest] for i in range(each)]
+            while len(of_part) > 1:  # in pairs, for fewer to wait for each other
+                pairs = zip(of_part[::2], of_part[1::2], strict=False)
+                odd = of_part[-1:] if len(of_part) % 2 else []
+                of_part = [operation(*pair) for pair in pairs] + odd
+            registers[at] = of_part[0]
+        return fa.FragmentedArray(_registers=registers, _layout=fa.WGMMA_LAYOUT, _is_signed=None)
 
     return run(x)
