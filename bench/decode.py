@@ -86,19 +86,13 @@ class Problem:
             return query, *cache, lengths
         scales: tuple[Any, ...] = ()
         if held in NARROW:
-            cache, scales = zip(*(_narrow(x, jnp.dtype(held)) for x in cache), strict=True)
+            rounded = jax.jit(narrow.of_pages, static_argnums=1)
+            cache, scales = zip(*(rounded(x, jnp.dtype(held)) for x in cache), strict=True)
         pages = np.random.default_rng(0).permutation(sum(used)).astype(np.int32)
         table = np.full((B, M), -1, np.int32)
         for b, run in enumerate(np.split(pages, np.cumsum(used)[:-1])):
             table[b, : len(run)] = run
         return query, *cache, jnp.asarray(table), lengths, *scales
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _narrow(pages: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Pages of 8 bits and their scales."""
-    scales = narrow.scales_for(jnp.max(jnp.abs(pages.astype(jnp.float32)), axis=(1, 3)), dtype)
-    return narrow.narrow(pages.astype(jnp.float32), scales[:, None, :, None], dtype), scales
 
 
 def problems() -> dict[str, list[Problem]]:

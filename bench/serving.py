@@ -52,7 +52,7 @@ _SMALL = Setup(_TINY, 4 * 128 * 256, 128, 10, 16, 12, (3, 60), (2, 30), chunk=32
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serves with both, prints and writes the table."""
+    """Serves with each, prints and writes the table."""
     parser = cli.model_parser("serving", SUMMARY)
     parser.add_argument("--requests", type=int)
     options = parser.parse_args(argv)

@@ -21,6 +21,10 @@ PAGE_SIZES = (16, 32, 64, 128, 256)
 
 def as_array(name: str, x: Any) -> Any:
     """``x`` as an array."""
+    if isinstance(x, QuantizedArray):
+        raise TypeError(
+            f"{name} must be an array; a QuantizedArray is for dot_product_attention alone"
+        )
     is_number_or_list = isinstance(x, Sequence | numbers.Number) and not isinstance(x, str)
     is_array = hasattr(x, "dtype") or hasattr(x, "__jax_array__")
     if not is_array and not is_number_or_list:
@@ -278,10 +282,10 @@ def _dtype(name: str, x: Any, known: tuple[Any, ...]) -> jnp.dtype:
 def scales(key_pages: Any, value_pages: Any, key_scale: Any, value_scale: Any) -> None:
     """Pages of 8 bits have scales, float32 [P, K] each; others have none."""
     named = ("key_scale", key_pages, key_scale), ("value_scale", value_pages, value_scale)
-    if key_pages.dtype != value_pages.dtype:
+    dtypes = key_pages.dtype, value_pages.dtype
+    if dtypes[0] != dtypes[1] and set(dtypes) & set(NARROW):
         raise TypeError(
-            "key_pages and value_pages must share a dtype; got "
-            f"{key_pages.dtype} and {value_pages.dtype}"
+            f"key_pages and value_pages must share a dtype; got {dtypes[0]} and {dtypes[1]}"
         )
     for name, pages, scale in named:
         if pages.dtype not in NARROW:

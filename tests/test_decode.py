@@ -83,6 +83,7 @@ CALLS = [
     Call("fp8_pages", (500, 31, 0), H=64, page_size=16, held="float8_e4m3fn"),
     Call("fp8_pages_everything", (500, 300), T=2, H=128, Hv=64, page_size=64, held="float8_e4m3fn",
         options={"local_window_size": (150, 0), "alibi_slopes": _SLOPES, "sinks": _SINKS}),
+    Call("int8_few_pages", (10, 100), S=128, H=64, page_size=16, held="int8"),
     Call("int8_pages", (500, 33), T=2, H=64, page_size=256, held="int8"),
     Call("int8_pages_of_any_width", (500, 90), H=24, page_size=32, held="int8"),
     Call("int8_chunk", (400, 130), T=70, H=24, page_size=64, held="int8", dtype="float16"),
@@ -95,6 +96,7 @@ INTERPRETED = (
     "longer_than_held", "many_rows", "value_dim", "odd_capacity", "alibi_and_sinks", "pages_256",
     "pages_everything", "chunk_of_prefill_16", "empty_sequence", "counts", "counts_of_pages",
     "fp8_pages", "fp8_pages_everything", "int8_pages", "int8_chunk",
+    "int8_few_pages",
 )  # fmt: skip
 # Too much alike to the others to be interpreted.
 NOT_BY_TRITON = ("full_cache", "multi_query", "float16", "pages_128")
@@ -127,22 +129,14 @@ def _arrays(call: Call) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _rounded(call: Call, x: np.ndarray) -> np.ndarray:
     """The nearest numbers that pages of 8 bits can hold."""
-    return np.asarray(narrow.widen(_narrow(call, x), _scales(call, x)), x.dtype)
+    held, scales = _in_8_bits(call, x)
+    return np.asarray(narrow.widen(held, scales[..., None, :, None]), x.dtype).reshape(x.shape)
 
 
-def _narrow(call: Call, x: np.ndarray) -> np.ndarray:
-    """As pages hold it."""
-    if call.held is None:
-        return x
-    return np.asarray(narrow.narrow(jnp.asarray(x), _scales(call, x), jnp.dtype(call.held)))
-
-
-def _scales(call: Call, x: np.ndarray) -> jax.Array:
-    """Of rounded numbers too, the same at each of a page's tokens of a head: [B, S, K, 1]."""
-    of_pages = np.abs(x.astype(np.float32)).reshape(len(x), -1, call.page_size, *x.shape[2:])
-    size = jnp.asarray(np.nan_to_num(of_pages).max((2, 4), keepdims=True))
-    scales = narrow.scales_for(size, jnp.dtype(call.held))
-    return jnp.broadcast_to(scales, of_pages[..., :1].shape).reshape(*x.shape[:-1], 1)
+def _in_8_bits(call: Call, x: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """Pages [B, M, page_size, K, _] and their scales."""
+    pages = jnp.asarray(np.nan_to_num(x)).reshape(len(x), -1, call.page_size, *x.shape[2:])
+    return narrow.of_pages(pages, jnp.dtype(call.held))
 
 
 def _paged(call: Call, key: np.ndarray, value: np.ndarray) -> tuple[Any, ...]:
@@ -155,17 +149,20 @@ def _paged(call: Call, key: np.ndarray, value: np.ndarray) -> tuple[Any, ...]:
     rng = np.random.default_rng(7)
     B, M = len(call.lengths), call.S // size
     P = B * M + 3
-    table = rng.permutation(P)[: B * M].reshape(B, M)
+    # Pages that are not there are read as the first or the last, which are NaN.
+    table = 1 + rng.permutation(P - 2)[: B * M].reshape(B, M)
     pages, of_pages = [], []
     for x in (key, value):
+        held, nothing = x.reshape(B, M, size, *x.shape[2:]), np.nan
         if call.held is not None:
+            beyond, nothing = np.isnan(held), 99 if call.held == "int8" else np.nan
+            narrowed, found = _in_8_bits(call, x)
+            held = np.where(beyond, np.asarray(nothing, narrowed.dtype), narrowed)
             scales = np.full((P, call.K), np.nan, np.float32)
-            scales[table] = _scales(call, x).reshape(B, M, size, call.K)[:, :, 0]
+            scales[table] = found
             of_pages.append(scales)
-        held = _narrow(call, x)
-        nothing = 99 if call.held == "int8" else np.nan
-        whole = np.full((P, size, *x.shape[2:]), nothing, held.dtype)
-        whole[table] = held.reshape(B, M, size, *x.shape[2:])
+        whole = np.full((P, *held.shape[2:]), nothing, held.dtype)
+        whole[table] = held
         pages.append(whole)
     used = np.arange(M) * size < np.array(call.lengths)[:, None]
     table = np.where(used, table, rng.choice([-1, P, 2**31 - 1], table.shape))

@@ -19,19 +19,25 @@ append = jax.jit(PagedKVCache.append, donate_argnums=0)
 
 
 def _assert_holds(cache: PagedKVCache, sequences: list[tuple[Any, Any]]) -> None:
-    """Each token to half a unit in its last place, or of what the page's scale grew from."""
+    """Each token to half a unit in its last place, or of what the page's scale grew from.
+
+    Each page has the least scale for the largest of its tokens, those that are not finite apart.
+    """
     assert [len(key) for key, _ in sequences] == cache.lengths.tolist()
+    dtype, size = cache.key_pages.dtype, cache.page_size
     scales = cache.key_scale, cache.value_scale
     for held, of_pages, which in zip(cache.gather(), scales, (0, 1), strict=True):
         assert held.dtype == jnp.float32
         assert of_pages is not None
         for row, (table, tokens) in enumerate(zip(cache.page_table, sequences, strict=True)):
-            count = len(tokens[which])
-            found, want = np.asarray(held[row, :count]), tokens[which].astype(np.float32)
-            scale = np.repeat(of_pages[table], cache.page_size, axis=0)[:count, :, None]
-            unit = _unit(cache.key_pages.dtype, want, scale)
-            assert (np.abs(found - want) <= unit).all()
-            assert not np.any(held[row, count:])
+            want = tokens[which].astype(np.float32)
+            assert not np.any(held[row, len(want) :])
+            for first, page in zip(range(0, len(want), size), table, strict=False):
+                part, found = want[first : first + size], held[row, first : first + size]
+                least = narrow.scales_for(np.abs(part).max((0, 2)), dtype)
+                np.testing.assert_array_equal(of_pages[page], least)
+                off = np.abs(found[: len(part)] - part)
+                assert (off <= _unit(dtype, part, np.asarray(least)[:, None])).all()
 
 
 def _unit(dtype: Any, x: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -88,6 +94,24 @@ def test_a_scale_grows_and_what_the_page_holds_is_rounded_again(held: Any) -> No
     scales = [narrow.scales_for(jnp.abs(key).max((0, 1, 3)), held) for key, _ in tokens]
     np.testing.assert_array_equal(cache.key_scale[3], scales[1])
     assert (scales[1] > scales[0]).all()
+
+
+@HELD
+@pytest.mark.parametrize("nothing", [0, 1e-40, np.nan, -np.inf])
+def test_a_token_of_nothing_costs_no_precision(held: Any, nothing: float) -> None:
+    """After others, and before them."""
+    some, none = kv(1, 3), tuple(jnp.full_like(x, nothing) for x in kv(1, 1))
+    new = (some, none, some)
+    cache = paged([[3]], dtype=held)
+    for tokens in new:
+        cache = append(cache, *tokens)
+    clean = append(append(paged([[3]], dtype=held), *some), *some)
+    np.testing.assert_array_equal(cache.key_scale, clean.key_scale)
+    found, want = (np.asarray(x.gather()[0][0]) for x in (cache, clean))
+    np.testing.assert_array_equal(np.delete(found, 3, axis=0)[:6], want[:6])
+    first = append(paged([[3]], dtype=held), *none)
+    assert first.key_scale is not None
+    assert (first.key_scale[3] == 2.0**-100).all()
 
 
 @HELD
@@ -197,3 +221,9 @@ def test_wrong_scales_are_refused() -> None:
         attend(_Q, wide, wide, _TABLE, _LENGTHS, key_scale=_SCALE)
     with pytest.raises(TypeError, match="must share a dtype; got int8 and float32"):
         attend(_Q, _PAGES, wide, _TABLE, _LENGTHS, key_scale=_SCALE)
+    other = _PAGES.astype(jnp.float8_e5m2)
+    with pytest.raises(TypeError, match="key_pages must be .*float8_e4m3fn or int8; got float8_e5"):
+        attend(_Q, other, other, _TABLE, _LENGTHS, key_scale=_SCALE, value_scale=_SCALE)
+    rounded = jaxflash.quantize(jnp.ones((3, 16, 2, 8)))
+    with pytest.raises(TypeError, match="key_pages must be an array; a QuantizedArray is for"):
+        attend(_Q, rounded, rounded, _TABLE, _LENGTHS)

@@ -160,11 +160,7 @@ def _of_cache(kind: str) -> tuple[tuple[Any, ...], tuple[P, ...]]:
     sequences = jnp.asarray(_TABLE), jnp.asarray(_HELD)
     if kind == "pages":
         return (query, *caches, *sequences), places
-    scales = [narrow.scales_for(jnp.abs(x).max((1, 3)), jnp.int8) for x in caches]
-    pages = [
-        narrow.narrow(x, scale[:, None, :, None], jnp.int8)
-        for x, scale in zip(caches, scales, strict=True)
-    ]
+    pages, scales = zip(*(narrow.of_pages(x, jnp.int8) for x in caches), strict=True)
     return (query, *pages, *sequences, *scales), (*places, of_scales, of_scales)
 
 

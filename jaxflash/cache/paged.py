@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Float32, Int32
 
 from jaxflash import checks
-from jaxflash.cache import narrow, pages, tokens
+from jaxflash.cache import pages, rounding, tokens
 from jaxflash.cache.rules import enforce, integers
 
 _REMEDY = "give page_table more columns (max_pages)"
@@ -139,8 +139,9 @@ class PagedKVCache:
     ) -> "PagedKVCache":
         """The cache with new tokens after those it holds: a prompt, a chunk, or one token.
 
-        Under jit with the cache donated, the new tokens are written in place. Nothing else is: a
-        token without a page, and those of its sequence after it, are dropped and not counted.
+        Under jit with the cache donated, the new tokens are written in place. Nothing else is, but
+        the rest of their pages where those have 8 bits: a token without a page, and those of its
+        sequence after it, are dropped and not counted.
 
         Args:
           key: ``[B, T, K, H]`` in the cache's dtype; for one of 8 bits in any floating dtype.
@@ -183,8 +184,8 @@ class PagedKVCache:
             held = pages.write(held, new, page, position % self.page_size, is_written)
             return replace(self, key_pages=held[0], value_pages=held[1], lengths=lengths + count)
         where = self.page_table, lengths, count
-        key_pages, key_scale = narrow.append(held[0], self.key_scale, new[0], *where)
-        value_pages, value_scale = narrow.append(held[1], self.value_scale, new[1], *where)
+        key_pages, key_scale = rounding.append(held[0], self.key_scale, new[0], *where)
+        value_pages, value_scale = rounding.append(held[1], self.value_scale, new[1], *where)
         held_now = self.page_table, lengths + count
         return PagedKVCache(key_pages, value_pages, *held_now, key_scale, value_scale)
 

@@ -14,14 +14,14 @@ from pallas_kernels.hopper.kernel import Forward
 def pages_of(k: Forward, work: Work, kv_block: Any) -> tuple[Any, ...]:
     """The page of each part of a tile of keys.
 
-    What is beyond the table, or in no page, is hidden by its length: it gets some page.
+    What is not in the table, or in no page, is hidden by its length, or not visited: it gets some.
     """
     block_kv, table = k.config.block_kv, k.refs.x.page_table
     pages, page_size = k.refs.x.key.shape[:2]
     found = []
     for start in range(0, block_kv, min(page_size, block_kv)):
         key = kv_block * block_kv + start
-        number = jnp.minimum(lax.div(key, page_size), table.shape[1] - 1)
+        number = jnp.clip(lax.div(key, page_size), 0, table.shape[1] - 1)
         found.append(jnp.clip(table[work.batch, number], 0, pages - 1))
     return tuple(found)
 

@@ -55,14 +55,14 @@ class Tiles(NamedTuple):
             source.copy(r.x.value, r.v_narrow_smem.at(slot), r.narrow_full.at[slot])
 
 
-class Scales(NamedTuple):
+class PartScales(NamedTuple):
     """Of the parts of a tile of keys and values."""
 
     key: tuple[Any, ...]
     value: tuple[Any, ...]
 
     @classmethod
-    def of(cls, k: Forward, work: Work, pages: tuple[Any, ...]) -> "Scales":
+    def of(cls, k: Forward, work: Work, pages: tuple[Any, ...]) -> "PartScales":
         x, head = k.refs.x, k.kv_head(work)
         return cls(*(tuple(y[page, head] for page in pages) for y in (x.key_scale, x.value_scale)))
 
@@ -75,11 +75,11 @@ def produce_widened(k: Forward, work: Work, step: Any) -> Any:
     for j in range(tiles.ahead):
         tiles.start(j, first[j])
 
-    def visit(j: Any, carry: tuple[Any, Any, Scales]) -> tuple[Any, Any, Scales]:
+    def visit(j: Any, carry: tuple[Any, Any, PartScales]) -> tuple[Any, Any, PartScales]:
         to_copy, following, scales = carry
         tiles.start(j + tiles.ahead, to_copy)
         upcoming = tiles.pages(j + tiles.ahead + 1), tiles.pages(j + 2)
-        upcoming_scales = Scales.of(k, work, following)
+        upcoming_scales = PartScales.of(k, work, following)
         hidden = Hidden.of(k, work, tiles.walk.tile(j), None)
         stage, slot = lax.rem(step + j, c.stages), tiles.slot(j)
         again = step + j >= c.stages
@@ -96,6 +96,7 @@ def produce_widened(k: Forward, work: Work, step: Any) -> Any:
 
         @pl.when(hidden.some)
         def _() -> None:
+            mosaic.commit_smem()  # it is read again
             for row in range(0, c.block_kv, ROWS):
                 zero_hidden(v_smem, row, functools.partial(hidden.others, row))
 
@@ -103,7 +104,7 @@ def produce_widened(k: Forward, work: Work, step: Any) -> Any:
         mosaic.barrier_arrive(r.v_full.at[stage])
         return *upcoming, upcoming_scales
 
-    scales = Scales.of(k, work, first[0])
+    scales = PartScales.of(k, work, first[0])
     lax.fori_loop(0, tiles.walk.count, visit, (first[-1], tiles.pages(1), scales))
     return tiles.walk.count
 

@@ -23,15 +23,22 @@ def largest(dtype: Any) -> float:
 
 def scales_for(size: jax.Array, dtype: Any) -> jax.Array:
     """The least powers of two by which numbers up to a size are divided to fit into a dtype."""
-    fraction, exponent = jnp.frexp(size / largest(dtype))  # fractions from a half to one
-    scale = jnp.ldexp(jnp.float32(1), exponent - (fraction == 0.5))
-    return jnp.maximum(scale, _LEAST)
+    ratio = jnp.maximum(size / largest(dtype), _LEAST)
+    fraction, exponent = jnp.frexp(ratio)  # fractions from a half to one
+    return jnp.ldexp(jnp.float32(1), exponent - (fraction == 0.5))
 
 
 def narrow(x: jax.Array, scales: jax.Array, dtype: Any) -> jax.Array:
     """The numbers of a dtype whose products with scales are nearest to x; 0 where it has no NaN."""
     x = jnp.clip(x / scales, -largest(dtype), largest(dtype))
     return (x if dtype == FLOATING else jnp.nan_to_num(jnp.round(x))).astype(dtype)
+
+
+def of_pages(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Pages [..., page_size, K, H] in a dtype, with the least scales [..., K] for them."""
+    x = x.astype(jnp.float32)
+    scales = scales_for(jnp.max(jnp.abs(x), axis=(-3, -1)), dtype)
+    return narrow(x, scales[..., None, :, None], dtype), scales
 
 
 def bits(x: jax.Array) -> jax.Array:
@@ -43,11 +50,12 @@ def from_bits(x: jax.Array, dtype: Any) -> jax.Array:
     """What `bits` returned, in float32."""
     if dtype != FLOATING:
         return x.astype(jnp.float32)
-    # With three bits of the fraction and four of the exponent where float32 has its own, only the
-    # exponent's bias is another: 7, not 127.
+    # With three bits of the fraction and four of the exponent where float16 has its own, only the
+    # exponent's bias is another: 7, not 15.
     x = x.astype(jnp.int32)
-    moved = ((x & 0x80) << 24) | ((x & 0x7F) << 20)
-    return jax.lax.bitcast_convert_type(moved, jnp.float32) * 2.0**120
+    moved = (((x & 0x80) << 8) | ((x & 0x7F) << 7)).astype(jnp.int16)
+    wide = jax.lax.bitcast_convert_type(moved, jnp.float16).astype(jnp.float32) * 2.0**8
+    return jnp.where((x & 0x7F) == 0x7F, jnp.nan, wide)
 
 
 def widen(x: jax.Array, scales: jax.Array) -> jax.Array:

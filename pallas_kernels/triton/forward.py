@@ -124,9 +124,9 @@ class Forward:
         x = load_rows(ref, at, *tile)
         if scales is None:
             return x
-        rows = tile[0]
+        rows, _, *wanted = tile
         page, _, head = at(rows.indices[:, None])
-        scale = memory.load_where(scales, (page[:, 0], head), rows)
+        scale = memory.load_where(scales, (page[:, 0], head), rows, *wanted)
         dtype = self.problem.operands.key.dtype
         return (spec.narrow.from_bits(x, dtype) * scale[:, None]).astype(self.problem.dtype)
 

@@ -6,6 +6,7 @@ its end is neither read nor written: it loads as zero.
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -161,9 +162,14 @@ def add_rows(
     triton.atomic_add(ref, place, x.astype(ref.dtype), mask=_both(rows, columns))
 
 
-def load_where(ref: Ref, at: tuple[Any, ...], run: Run) -> jax.Array:
-    """An element for each index of a run; 0 where it does not exist."""
-    return triton.load(ref.at[at], mask=run.exists, other=jnp.array(0, ref.dtype))
+def load_where(
+    ref: Ref, at: tuple[Any, ...], run: Run, wanted: jax.Array | None = None
+) -> jax.Array:
+    """An element for each index of a run; 0 where it does not exist, or is not wanted."""
+    masks = [mask for mask in (run.exists, wanted) if mask is not None]
+    mask = functools.reduce(jnp.logical_and, masks) if masks else None
+    fill = None if mask is None else jnp.array(0, ref.dtype)
+    return triton.load(ref.at[at], mask=mask, other=fill)
 
 
 def load_pages(table: Ref, batch: Any, keys: Run, page_size: int) -> jax.Array:
