@@ -222,7 +222,9 @@ def test_wrong_scales_are_refused() -> None:
     with pytest.raises(TypeError, match="must share a dtype; got int8 and float32"):
         attend(_Q, _PAGES, wide, _TABLE, _LENGTHS, key_scale=_SCALE)
     other = _PAGES.astype(jnp.float8_e5m2)
-    with pytest.raises(TypeError, match="key_pages must be .*float8_e4m3fn or int8; got float8_e5"):
+    with pytest.raises(
+        TypeError, match=r"key_pages must be .*float8_e4m3fn or int8; got float8_e5"
+    ):
         attend(_Q, other, other, _TABLE, _LENGTHS, key_scale=_SCALE, value_scale=_SCALE)
     rounded = jaxflash.quantize(jnp.ones((3, 16, 2, 8)))
     with pytest.raises(TypeError, match="key_pages must be an array; a QuantizedArray is for"):
