@@ -323,9 +323,7 @@ def _line(
     ]
 
 
-_HEADERS_IN_8_BITS = ["", OURS_PAGED]
-for _name in NARROW.values():
-    _HEADERS_IN_8_BITS += [_name, "ratio"]
+_HEADERS_IN_8_BITS = ["", OURS_PAGED, *(x for name in NARROW.values() for x in (name, "ratio"))]
 
 
 def _line_in_8_bits(

@@ -262,20 +262,20 @@ def page_size(x: Any) -> int:
     return int(x)
 
 
-def float_dtype(name: str, x: Any) -> jnp.dtype:
+def float_dtype(name: str, x: Any, remedy: str = "") -> jnp.dtype:
     """A dtype of keys and values."""
-    return _dtype(name, x, FLOATS)
+    return _dtype(name, x, FLOATS, remedy)
 
 
-def page_dtype(name: str, x: Any) -> jnp.dtype:
+def page_dtype(name: str, x: Any, remedy: str = "") -> jnp.dtype:
     """A dtype of pages."""
-    return _dtype(name, x, (*FLOATS, *NARROW))
+    return _dtype(name, x, (*FLOATS, *NARROW), remedy)
 
 
-def _dtype(name: str, x: Any, known: tuple[Any, ...]) -> jnp.dtype:
+def _dtype(name: str, x: Any, known: tuple[Any, ...], remedy: str) -> jnp.dtype:
     *others, last = map(str, known)
     if jnp.dtype(x) not in known:
-        raise TypeError(f"{name} must be {', '.join(others)} or {last}; got {jnp.dtype(x)}")
+        raise TypeError(f"{name} must be {', '.join(others)} or {last}; got {jnp.dtype(x)}{remedy}")
     return jnp.dtype(x)
 
 

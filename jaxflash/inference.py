@@ -274,7 +274,7 @@ def _check_pages(query: Any, key_pages: Any, value_pages: Any, page_table: Any) 
     ):
         if x.ndim != 4:
             raise ValueError(f"{name} must have four axes {axes}; got shape {x.shape}")
-        checks.page_dtype(name, x.dtype)
+        checks.page_dtype(name, x.dtype, f"; convert it with {name}.astype")
     if query.ndim != 4:
         raise ValueError(f"query must have four axes [B, T, N, H]; got shape {query.shape}")
     if key_pages.shape[:2] != value_pages.shape[:2]:

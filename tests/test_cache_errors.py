@@ -181,7 +181,8 @@ _WRONG: list[tuple[type[Exception], str, Callable[[], Any]]] = [
     ),
     (
         TypeError,
-        "value_pages must be bfloat16, float16, float32, float64, float8_e4m3fn or int8; got int32",
+        "value_pages must be bfloat16, float16, float32, float64, float8_e4m3fn or int8; got "
+        "int32; convert it with value_pages.astype",
         lambda: _raw(_PAGE, _x(4, 16, 2, 4, dtype=jnp.int32)).gather(),
     ),
     (

@@ -130,7 +130,7 @@ def _arrays(call: Call) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _rounded(call: Call, x: np.ndarray) -> np.ndarray:
     """The nearest numbers that pages of 8 bits can hold."""
     held, scales = _in_8_bits(call, x)
-    return np.asarray(narrow.widen(held, scales[..., None, :, None]), x.dtype).reshape(x.shape)
+    return np.asarray(narrow.widen(held, scales), x.dtype).reshape(x.shape)
 
 
 def _in_8_bits(call: Call, x: np.ndarray) -> tuple[jax.Array, jax.Array]:

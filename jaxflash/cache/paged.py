@@ -108,15 +108,17 @@ class PagedKVCache:
         Hv = H if value_dim is None else checks.size("value_dim", value_dim)
         B, M = checks.size("batch", batch), checks.size("max_pages", max_pages)
         dtype = checks.page_dtype("dtype", dtype)
-        scale = jnp.zeros((rows[0], K), jnp.float32)
-        has_scales = dtype in checks.NARROW
+
+        def scale() -> Array | None:
+            return jnp.zeros((rows[0], K), jnp.float32) if dtype in checks.NARROW else None
+
         return cls(
             key_pages=jnp.zeros((*rows, K, H), dtype),
             value_pages=jnp.zeros((*rows, K, Hv), dtype),
             page_table=jnp.full((B, M), -1, jnp.int32),
             lengths=jnp.zeros(B, jnp.int32),
-            key_scale=scale if has_scales else None,
-            value_scale=jnp.zeros_like(scale) if has_scales else None,
+            key_scale=scale(),
+            value_scale=scale(),
         )
 
     @property
@@ -179,15 +181,15 @@ class PagedKVCache:
         exists = enforce(exists, rule, debug_checks=debug_checks)
         hole = jnp.min(steps, axis=1, where=~exists, initial=T)  # first without a page
         count = jnp.minimum(count, hole)
-        is_written = steps < count[:, None]
+        sequences = self.page_table, lengths + count
         if self.key_scale is None or self.value_scale is None:
+            is_written = steps < count[:, None]
             held = pages.write(held, new, page, position % self.page_size, is_written)
-            return replace(self, key_pages=held[0], value_pages=held[1], lengths=lengths + count)
+            return PagedKVCache(*held, *sequences)
         where = self.page_table, lengths, count
         key_pages, key_scale = rounding.append(held[0], self.key_scale, new[0], *where)
         value_pages, value_scale = rounding.append(held[1], self.value_scale, new[1], *where)
-        held_now = self.page_table, lengths + count
-        return PagedKVCache(key_pages, value_pages, *held_now, key_scale, value_scale)
+        return PagedKVCache(key_pages, value_pages, *sequences, key_scale, value_scale)
 
     def gather(
         self, *, debug_checks: bool = False

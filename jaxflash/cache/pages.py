@@ -50,7 +50,7 @@ def contiguous(
     x = pages.at[page].get(mode="fill", fill_value=0)  # [B, M, page_size, K, H]
     if scales is not None:
         of_pages = scales.at[page].get(mode="fill", fill_value=0)  # [B, M, K]
-        x = narrow.widen(x, of_pages[:, :, None, :, None])
+        x = narrow.widen(x, of_pages)
     is_held = jnp.arange(M * page_size, dtype=jnp.int32) < lengths[:, None]  # [B, S]
     return jnp.where(is_held[..., None, None], x.reshape(B, M * page_size, K, H), 0)
 

@@ -40,11 +40,11 @@ def append(
     is_held = place < lengths[:, None, None]
     at = jnp.where(is_written, page, 0)
     before = jnp.where(is_held.any(2)[..., None], scales[at], 0)  # [B, written, K]
-    kept = _zero_unless(is_held, narrow.widen(held[at], before[:, :, None, :, None]))
+    kept = _zero_unless(is_held, narrow.widen(held[at], before))
 
     size = jnp.max(jnp.abs(fresh), axis=(2, 4), where=jnp.isfinite(fresh), initial=0)
     after = jnp.maximum(before, narrow.scales_for(size, held.dtype))
-    tokens = narrow.narrow(fresh + kept, after[:, :, None, :, None], held.dtype)
+    tokens = narrow.narrow(fresh + kept, after, held.dtype)
     at = jnp.where(is_written, page, P)  # past the end: dropped
     return held.at[at].set(tokens, mode="drop"), scales.at[at].set(after, mode="drop")
 

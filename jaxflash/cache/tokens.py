@@ -22,7 +22,7 @@ def new_tokens(key: Any, value: Any, batch: int, like: tuple[Any, Any]) -> tuple
                 f"the cache; got shape {x.shape}"
             )
         if held.dtype in checks.NARROW:
-            checks.float_dtype(name, x.dtype)
+            checks.float_dtype(name, x.dtype, f"; convert it with {name}.astype")
         elif x.dtype != held.dtype:
             raise TypeError(
                 f"{name} must have the cache's dtype {held.dtype}; got {x.dtype}; convert it with "
@@ -93,13 +93,13 @@ def check_held(
     key: Any,
     value: Any,
     axes: tuple[str, str],
-    check_dtype: Callable[[str, Any], Any] = checks.float_dtype,
+    check_dtype: Callable[[str, Any, str], Any] = checks.float_dtype,
 ) -> None:
     """What a cache holds: two arrays of a dtype it may have that agree but for their last axis."""
     for name, x, named in ((f"key{prefix}", key, axes[0]), (f"value{prefix}", value, axes[1])):
         if x.ndim != 4:
             raise ValueError(f"{name} must have four axes {named}; got shape {x.shape}")
-        check_dtype(name, x.dtype)
+        check_dtype(name, x.dtype, f"; convert it with {name}.astype")
     if key.shape[:3] != value.shape[:3]:
         raise ValueError(
             f"key{prefix} and value{prefix} must agree but for their last axis; got shapes "

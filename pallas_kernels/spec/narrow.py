@@ -29,16 +29,19 @@ def scales_for(size: jax.Array, dtype: Any) -> jax.Array:
 
 
 def narrow(x: jax.Array, scales: jax.Array, dtype: Any) -> jax.Array:
-    """The numbers of a dtype whose products with scales are nearest to x; 0 where it has no NaN."""
-    x = jnp.clip(x / scales, -largest(dtype), largest(dtype))
+    """Pages [..., page_size, K, H] in 8 bits: their products with scales [..., K] come nearest.
+
+    NaN is 0 where the dtype has none.
+    """
+    x = jnp.clip(x / _of_tokens(scales), -largest(dtype), largest(dtype))
     return (x if dtype == FLOATING else jnp.nan_to_num(jnp.round(x))).astype(dtype)
 
 
 def of_pages(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Pages [..., page_size, K, H] in a dtype, with the least scales [..., K] for them."""
+    """`narrow` of pages, with the least scales for them."""
     x = x.astype(jnp.float32)
     scales = scales_for(jnp.max(jnp.abs(x), axis=(-3, -1)), dtype)
-    return narrow(x, scales[..., None, :, None], dtype), scales
+    return narrow(x, scales, dtype), scales
 
 
 def bits(x: jax.Array) -> jax.Array:
@@ -60,4 +63,8 @@ def from_bits(x: jax.Array, dtype: Any) -> jax.Array:
 
 def widen(x: jax.Array, scales: jax.Array) -> jax.Array:
     """What `narrow` returned, in float32."""
-    return x.astype(jnp.float32) * scales
+    return x.astype(jnp.float32) * _of_tokens(scales)
+
+
+def _of_tokens(scales: jax.Array) -> jax.Array:
+    return scales[..., None, :, None]

@@ -108,9 +108,7 @@ def padded(count: int) -> int:
 
 def load_vector(ref: Ref, at: tuple[Any, ...], run: Run, other: float = 0) -> jax.Array:
     """The elements of a run along the last axis."""
-    mask = run.exists
-    fill = None if mask is None else jnp.array(other, ref.dtype)
-    return triton.load(ref.at[(*at, run.indices)], mask=mask, other=fill)
+    return load_where(ref, (*at, run.indices), run, other=other)
 
 
 def load_rows(
@@ -163,12 +161,12 @@ def add_rows(
 
 
 def load_where(
-    ref: Ref, at: tuple[Any, ...], run: Run, wanted: jax.Array | None = None
+    ref: Ref, at: tuple[Any, ...], run: Run, wanted: jax.Array | None = None, other: float = 0
 ) -> jax.Array:
-    """An element for each index of a run; 0 where it does not exist, or is not wanted."""
+    """An element for each index of a run; ``other`` where it does not exist, or is not wanted."""
     masks = [mask for mask in (run.exists, wanted) if mask is not None]
     mask = functools.reduce(jnp.logical_and, masks) if masks else None
-    fill = None if mask is None else jnp.array(0, ref.dtype)
+    fill = None if mask is None else jnp.array(other, ref.dtype)
     return triton.load(ref.at[at], mask=mask, other=fill)
 
 
