@@ -268,7 +268,7 @@ def _triton_forms() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
 
 
 TRITON = _triton_forms()
-_ON_EVERY_CARD = ("forward-128", "backward-256", "decode-float8_e4m3fn")
+_ON_EVERY_CARD = ("forward-128", "backward-256", "everything", "decode-float8_e4m3fn")
 
 
 @needs_compiler
