@@ -31,8 +31,6 @@ _AXIS, _BY_TOKEN = "sequence", P(None, "sequence")
 _RUNS, _ENOUGH_S = 4, 1.0  # at the most; what takes so long is run once after the first time
 _LONG_S = 5.0  # and what takes so long, only the first
 _ALLOWED = 0.01  # relative error: twice that of rounding to bfloat16 and more
-# Keys, values and their gradients travel at the same time.
-_OVERLAP: Any = {"xla_gpu_experimental_parallel_collective_overlap_limit": 4}
 
 
 def gather(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
@@ -76,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     devices = jax.devices()
     counts = options.devices or [2**i for i in range(len(devices).bit_length())]
     counts = [n for n in counts if 1 < n <= len(devices)]
-    lines, records, is_wrong = [], [], False
+    is_wrong = False
 
     def shape(length: int) -> Shape:
         return Shape(1, length, length, options.heads, options.heads, options.head_dim, True)
@@ -89,11 +87,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             compiled = {(options.alone, name) for name in METHODS} | set(wanted)
             for (length, name), count in itertools.product(compiled, counts):
                 pool.submit(_compiled, name, shape(length), direction, count)
-    for direction in DIRECTIONS:
-        known = shape(options.alone)
-        alone = _measure(_ALONE_NAME, known, direction, 1)
-        rate = flops(known, direction) / alone.seconds
-        for count, (length, name) in itertools.product(counts, wanted):
+    known = shape(options.alone)
+    for count in counts:
+        lines, records = [], []
+        for direction, (length, name) in itertools.product(DIRECTIONS, wanted):
+            alone = _measure(_ALONE_NAME, known, direction, 1)
+            rate = flops(known, direction) / alone.seconds
             row = {"direction": direction, "length": length, "devices": count}
             row |= {"method": name, "one_device_tflops": rate / 1e12, "error_at": options.alone}
             try:
@@ -108,6 +107,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             records.append(row | found._asdict() | {"efficiency": share, "reason": None})
             lines.append(_line(row, found, share))
             print(" | ".join(lines[-1]), flush=True)
+        _publish(count, options, lines, records)
+    return int(is_wrong)
+
+
+def _publish(
+    count: int,
+    options: argparse.Namespace,
+    lines: Sequence[Sequence[str]],
+    records: Sequence[dict[str, Any]],
+) -> None:
     headers = ["", "T", "devices", "by", "ms", "tokens a second", "efficiency", "memory a device"]
     headers += ["error"]
     sections = [
@@ -118,12 +127,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"squares) at {options.alone} tokens.",
         results.markdown_table(headers, lines),
     ]
-    origin = results.origin(devices[0]) | {"device_count": len(devices)}
-    report = results.Report(
-        "scale", "", "Sequences over several devices", sections, [r | origin for r in records]
-    )
-    results.publish(report, devices[0], options.out)
-    return int(is_wrong)
+    device = jax.devices()[0]
+    rows = [row | results.origin(device) for row in records]
+    report = results.Report("scale", f"-{count}", f"Sequences over {count} devices", sections, rows)
+    results.publish(report, device, options.out)
 
 
 @functools.cache
@@ -139,7 +146,7 @@ def _compiled(name: str, shape: Shape, direction: Direction, count: int) -> Any:
         return jnp.sum(attend(*qkv).astype(jnp.float32))
 
     function = attend if direction == "forward" else jax.grad(loss, (0, 1, 2))
-    options = _OVERLAP if jax.default_backend() == "gpu" else None
+    options = jaxflash.RING_COMPILER_OPTIONS if jax.default_backend() == "gpu" else None
     structs = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in shape.structs()]
     return jax.jit(function).lower(*structs).compile(compiler_options=options)
 
@@ -148,6 +155,7 @@ def _sharding(count: int) -> NamedSharding:
     return NamedSharding(Mesh(np.array(jax.devices()[:count]), (_AXIS,)), _BY_TOKEN)
 
 
+@functools.cache
 def _measure(name: str, shape: Shape, direction: Direction, count: int) -> Measured:
     compiled = _compiled(name, shape, direction, count)
     arrays = random_inputs(shape, "forward", sharding=_sharding(count))

@@ -8,7 +8,13 @@ from jaxflash.cache import KVCache, OutOfPages, PageAllocator, PagedKVCache
 from jaxflash.dispatch import Explanation
 from jaxflash.inference import decode_attention, paged_attention
 from jaxflash.modules.rope import Rope
-from jaxflash.parallel import ring_attention, stripe, ulysses_attention, unstripe
+from jaxflash.parallel import (
+    RING_COMPILER_OPTIONS,
+    ring_attention,
+    stripe,
+    ulysses_attention,
+    unstripe,
+)
 from jaxflash.quantization import QuantizedArray
 from jaxflash.vjp import CHECKPOINT_NAMES
 
@@ -16,6 +22,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CHECKPOINT_NAMES",
+    "RING_COMPILER_OPTIONS",
     "Explanation",
     "KVCache",
     "OutOfPages",

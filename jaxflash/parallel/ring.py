@@ -25,6 +25,14 @@ from pallas_kernels.spec import softmax
 
 Layout = Literal["contiguous", "striped"]
 
+# Where it does not know how long a kernel takes, XLA may start a transfer after it; one transfer of
+# all that travels is started before. Between GPUs that see each other's memory it is a copy. NCCL's
+# own kernels want multiprocessors, for which they wait until attention is done with them.
+RING_COMPILER_OPTIONS: dict[str, Any] = {
+    "xla_gpu_collective_permute_combine_threshold_bytes": 2**40,
+    "xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY",
+}
+
 
 def ring_attention(
     query: Float[Array, "*B T N H"],
@@ -46,13 +54,13 @@ def ring_attention(
 ) -> Any:
     """``dot_product_attention`` of a sequence that is divided over a mesh axis.
 
-    For use inside ``jax.shard_map``; arrays are this device's parts. XLA on GPUs runs one transfer
-    at a time beside a kernel; here there are up to four, so compile with
-    ``compiler_options={"xla_gpu_experimental_parallel_collective_overlap_limit": 4}``.
-
-    Under a causal mask the parts
+    For use inside ``jax.shard_map``; arrays are this device's parts. Under a causal mask the parts
     of a contiguous sequence are unequal work: the last device sees everything, the first its own
     part alone. Striped, token t of the whole is on device ``t % n``, and all have the same to do.
+
+    On GPUs of one host compile with `RING_COMPILER_OPTIONS`, as
+    ``jax.jit(..., compiler_options=jaxflash.RING_COMPILER_OPTIONS)``: what travels in a step goes
+    together, and before the step's kernels.
 
     Args:
       query: ``[*B, T, N, H]``.
@@ -217,12 +225,35 @@ class _Ring:
         )
 
     def is_seen(self, step: Any) -> Any:
-        """Whether some row sees some key of a step."""
+        """Whether some row may see some key of a step."""
         p = self.problem
-        if p.band.is_unbounded:
+        if p.band.is_unbounded or self.is_striped:
             return True
         start, stop = p.band.shift(self.offset(step)).any_keys(0, p.T, p.S)
         return start < stop
+
+    def walk(self, operands: spec.Operands, first: Any, add: Any) -> Any:
+        """The result of all steps.
+
+        Args:
+          operands: of this device.
+          first: ``first(travelling, step)`` is the result of the first step.
+          add: ``add(result, travelling, step)`` is that of one step more.
+        """
+
+        def one(carry: Any, step: Any) -> Any:
+            result, travelling = carry
+            # On its way while this step computes.
+            following = self.onward(travelling)
+            return (add(result, travelling, step), following), None
+
+        here, last = _Travelling.of(operands), self.size - 1
+        following, result = self.onward(here), first(here, jnp.int32(0))
+        if last == 0:
+            return result
+        steps = jnp.arange(1, last, dtype=jnp.int32)
+        (result, travelling), _ = lax.scan(one, (result, following), steps)
+        return add(result, travelling, jnp.int32(last))
 
     def onward(self, tree: Any) -> Any:
         """To the next device."""
@@ -246,25 +277,18 @@ class _Travelling(NamedTuple):
 def _ring_attention(ring: _Ring, operands: spec.Operands) -> tuple[jax.Array, jax.Array]:
     """Output [B, T, N, Hv] in the query's dtype and lse [B, T, N] in float32."""
     p = ring.problem
-    lse = jnp.full((p.B, p.T, p.N), -jnp.inf, p.compute_dtype)
-    start = varying_like(operands, (jnp.zeros((*lse.shape, p.Hv), lse.dtype), lse))
 
-    def attend(so_far: Any, travelling: _Travelling, step: Any) -> Any:
+    def attend(travelling: _Travelling, step: Any) -> tuple[jax.Array, jax.Array]:
+        out, lse = ring.backend.forward(p, ring.operands(operands, travelling, step))
+        return out.astype(lse.dtype), lse
+
+    def add(so_far: Any, travelling: _Travelling, step: Any) -> Any:
         def more(so_far: Any) -> Any:
-            out, lse = ring.backend.forward(p, ring.operands(operands, travelling, step))
-            return softmax.merge(so_far[0], so_far[1], out.astype(lse.dtype), lse)
+            return softmax.merge(so_far[0], so_far[1], *attend(travelling, step))
 
         return _where_seen(ring.is_seen(step), more, so_far)
 
-    def one(carry: Any, step: Any) -> Any:
-        so_far, travelling = carry
-        # On its way while this step computes.
-        following = ring.onward(travelling)
-        return (attend(so_far, travelling, step), following), None
-
-    steps = jnp.arange(ring.size - 1, dtype=jnp.int32)
-    (so_far, travelling), _ = lax.scan(one, (start, _Travelling.of(operands)), steps)
-    out, lse = attend(so_far, travelling, jnp.int32(ring.size - 1))
+    out, lse = ring.walk(operands, attend, add)
     if operands.sinks is None:
         return out.astype(p.dtype), lse
     sinks = operands.sinks.astype(lse.dtype)
@@ -300,40 +324,27 @@ def _backward(ring: _Ring, residuals: Any, cotangents: Any) -> tuple[spec.Operan
     given = out, lse, dout, dlse
     backward = _backward_of(ring.backend)
 
-    def zeros(x: Any) -> Any:
-        return None if x is None else varying_like(operands, jnp.zeros(x.shape, p.compute_dtype))
+    def attend(travelling: _Travelling, step: Any) -> _Sums:
+        found = backward(p, ring.operands(operands, travelling, step), *given)
+        sums = _Sums(found.query, found.alibi_slopes, found.key, found.value)
+        return jax.tree.map(lambda x: x.astype(p.compute_dtype), sums)
 
-    def attend(sums: _Sums, travelling: _Travelling, step: Any) -> _Sums:
-        def more(nothing: _Sums) -> _Sums:
-            found = backward(p, ring.operands(operands, travelling, step), *given)
-            parts = _Sums(found.query, found.alibi_slopes, found.key, found.value)
-            return jax.tree.map(lambda a, b: b.astype(a.dtype), nothing, parts)
-
-        # Added outside, so that the step does not wait for sums that are on their way.
-        return jax.tree.map(jnp.add, sums, _where_seen(ring.is_seen(step), more, start))
-
-    start = _Sums(
-        *map(zeros, (operands.query, operands.alibi_slopes, operands.key, operands.value))
-    )
-
-    def moved(sums: _Sums) -> _Sums:
+    def add(sums: _Sums, travelling: _Travelling, step: Any) -> _Sums:
+        # On their way while this step computes, which does not wait for them.
         key, value = ring.onward((sums.key, sums.value))
-        return sums._replace(key=key, value=value)
+        sums = sums._replace(key=key, value=value)
+        nothing = jax.tree.map(jnp.zeros_like, sums)
+        found = _where_seen(ring.is_seen(step), lambda _: attend(travelling, step), nothing)
+        return jax.tree.map(jnp.add, sums, found)
 
-    def one(carry: Any, step: Any) -> Any:
-        sums, travelling = carry
-        # Gradients of the step before travel while this one computes, too.
-        following, sums_here = ring.onward(travelling), moved(sums)
-        return (attend(sums_here, travelling, step), following), None
-
-    steps = jnp.arange(ring.size - 1, dtype=jnp.int32)
-    (sums, travelling), _ = lax.scan(one, (start, _Travelling.of(operands)), steps)
-    sums = moved(attend(moved(sums), travelling, jnp.int32(ring.size - 1)))
+    sums = ring.walk(operands, attend, add)
+    # Rounded before the last transfer, which nothing hides.
+    key, value = ring.onward((sums.key.astype(p.dtype), sums.value.astype(p.dtype)))
     delta = softmax.delta(out, lse, dout, dlse)
     result = spec.Operands(
         query=sums.query,
-        key=sums.key,
-        value=sums.value,
+        key=key,
+        value=value,
         alibi_slopes=sums.alibi_slopes,
         sinks=softmax.of_sinks(operands.sinks, lse, delta),
     )
