@@ -13,7 +13,8 @@ from pallas_kernels import mosaic
 from pallas_kernels.hopper.backward_kernel import Backward, KeyWork, tells_rows
 from pallas_kernels.hopper.config import ROWS
 from pallas_kernels.hopper.hidden import Hidden, zero_hidden
-from pallas_kernels.hopper.producer import arrive, drain, each_tile
+from pallas_kernels.hopper.kernel import drain
+from pallas_kernels.hopper.producer import arrive, each_tile
 
 
 def produce(k: Backward) -> None:

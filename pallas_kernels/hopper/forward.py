@@ -35,8 +35,8 @@ from pallas_kernels.common.schedule import Schedule, Work, largest_divisor
 from pallas_kernels.hopper import gpu
 from pallas_kernels.hopper import tile as tiles
 from pallas_kernels.hopper.config import ROWS, Config
-from pallas_kernels.hopper.kernel import Forms, Forward, Scales, divide
-from pallas_kernels.hopper.producer import produce
+from pallas_kernels.hopper.kernel import Forms, Forward, Scales, divide, next_tile
+from pallas_kernels.hopper.producer import producers
 from pallas_kernels.hopper.softmax import Raised, Stats, Visit
 
 
@@ -102,14 +102,6 @@ def consume(k: Forward) -> None:
     mosaic.barrier_arrive(k.refs.q_free.at[lax.rem(rounds, k.config.q_stages)])
     pl.when(c.me == 0)(lambda: wait_turn(c))
     mosaic.wait_smem_to_gmem(0)
-
-
-def next_tile(k: Forward, round_: Any) -> tuple[Any, Work]:
-    """Waits for the Q of a round; returns which tile it is, beyond the last if there is none."""
-    stage = lax.rem(round_, k.config.q_stages)
-    mosaic.barrier_wait(k.refs.q_full.at[stage])
-    tile = mosaic.uniform(k.refs.tile_smem[stage])
-    return tile, k.schedule.work(jnp.minimum(tile, k.schedule.tiles - 1))
 
 
 def begin(c: Consumer, work: Work, round_: Any, step: Any, exists: Any = True) -> Carry:
@@ -356,7 +348,7 @@ def launch(
         out, lse, *rest = refs[len(leaves) :]
         named = forms.refs(given, out, lse, dict(zip(scratch, rest, strict=True)))
         k = kind(p, c, schedule, blocks, forms, named)
-        divide(c.consumers, k.hides_keys, lambda: consume(k), lambda: produce(k))
+        divide(c.consumers, k.hides_keys, lambda: consume(k), *producers(k))
 
     call = mosaic.kernel(
         forward_kernel,
@@ -366,7 +358,7 @@ def launch(
         ],
         scratch_types=list(scratch.values()),
         grid={"block": blocks},
-        threads=("warpgroup", c.consumers + 1),
+        threads=("warpgroup", c.consumers + 1 + problem.operands.has_narrow_pages),
         # No reduction crosses warps: a row is within one. And nothing needs the barriers of the
         # warpgroup that Mosaic would put around copies and stores: what threads write to shared
         # memory for others to read, `commit_smem` ends with one; a buffer is written again only

@@ -85,7 +85,8 @@ class Refs(NamedTuple):
     # Of pages of 8 bits: tiles before they are widened.
     k_narrow_smem: Any = None  # Matrix [narrow_stages, block_kv, H]
     v_narrow_smem: Any = None  # Matrix [narrow_stages, block_kv, Hv]
-    narrow_full: mosaic.Ref = None
+    k_narrow_full: mosaic.Ref = None
+    v_narrow_full: mosaic.Ref = None
 
 
 class Forms(NamedTuple):
@@ -138,11 +139,10 @@ class Forms(NamedTuple):
             others["q_scale_smem"] = mosaic.SMEM((c.q_stages, c.consumers), jnp.float32)
             others["kv_scale_smem"] = mosaic.SMEM((c.stages, c.scaled_parts, 2), jnp.float32)
         if x.has_narrow_pages:
-            narrow = self.k_narrow, self.v_narrow
-            for name, form in zip(("k_narrow_smem", "v_narrow_smem"), narrow, strict=True):
-                others[name] = form.smem(self.narrow_stages, dtype=x.key.dtype)
-            copies = sum(form.copies_in(self.parts) for form in narrow)
-            others["narrow_full"] = _barriers(self.narrow_stages, copies)
+            for name, form in (("k_narrow", self.k_narrow), ("v_narrow", self.v_narrow)):
+                others[f"{name}_smem"] = form.smem(self.narrow_stages, dtype=x.key.dtype)
+                copies = form.copies_in(self.parts)
+                others[f"{name}_full"] = _barriers(self.narrow_stages, copies)
             of_k = of_v = 1  # when they have been widened
         return {
             "q_smem": self.q.smem(c.q_stages, c.consumers, dtype=dtype),
@@ -152,7 +152,7 @@ class Forms(NamedTuple):
             "tile_smem": mosaic.SMEM((c.q_stages,), jnp.int32),
             "ticket_smem": mosaic.SMEM((1,), jnp.int32),
             "q_full": _barriers(c.q_stages, c.consumers * self.q.copies + 1),
-            "q_free": _barriers(c.q_stages, c.consumers),
+            "q_free": _barriers(c.q_stages, c.consumers + x.has_narrow_pages),
             "k_full": _barriers(c.stages, of_k),
             "k_free": _barriers(c.stages, c.consumers),
             "v_full": _barriers(c.stages, of_v),
@@ -235,11 +235,11 @@ class Kernel:
 
 
 def divide(
-    consumers: int, cleans: bool, consume: Callable[[], None], produce: Callable[[], None]
+    consumers: int, cleans: bool, consume: Callable[[], None], *produce: Callable[[], None]
 ) -> None:
-    """Runs the consumers and the producer, each in its warpgroups, with registers for its task.
+    """Runs the consumers and the producers, each in its warpgroups, with registers for its task.
 
-    ``cleans`` tells whether the producer has rows to zero.
+    ``cleans`` tells whether producers have rows to zero.
     """
     of_consumer, of_producer = REGISTERS[consumers][cleans]
 
@@ -248,10 +248,29 @@ def divide(
         mosaic.set_max_registers(of_consumer, action="increase")
         consume()
 
-    @pl.when(lax.axis_index("warpgroup") == consumers)
-    def _() -> None:
-        mosaic.set_max_registers(of_producer, action="decrease")
-        produce()
+    for i, task in enumerate(produce):
+
+        @pl.when(lax.axis_index("warpgroup") == consumers + i)
+        def _(task: Callable[[], None] = task) -> None:
+            mosaic.set_max_registers(of_producer, action="decrease")
+            task()
+
+
+def next_tile(k: "Forward", round_: Any) -> tuple[Any, Work]:
+    """Waits for the Q of a round; returns which tile it is, beyond the last if there is none."""
+    stage = lax.rem(round_, k.config.q_stages)
+    mosaic.barrier_wait(k.refs.q_full.at[stage])
+    tile = mosaic.uniform(k.refs.tile_smem[stage])
+    return tile, k.schedule.work(jnp.minimum(tile, k.schedule.tiles - 1))
+
+
+def drain(uses: Any, stages: int, *free: mosaic.Ref) -> None:
+    """Waits until the stages of a ring that has had some uses are free."""
+
+    @pl.loop(jnp.maximum(uses - stages, 0), uses)
+    def _(use: Any) -> None:
+        for barrier in free:
+            mosaic.barrier_wait(barrier.at[lax.rem(use, stages)])
 
 
 class Forward(Kernel):

@@ -1,13 +1,15 @@
-"""The producer where keys and values are in pages of 8 bits: it copies them, and widens them.
+"""The producers where keys and values are in pages of 8 bits: they copy them, and widen them.
 
-What TMA brings has a ring of its own in shared memory, of small tiles, many copies ahead. The
+What TMA brings has a ring of its own in shared memory, of small tiles, many copies ahead. A
 producer's warpgroup reads each, multiplies it with its scales, and writes it where the consumers
-look for it, who know nothing of all this.
+look for it, who know nothing of all this. Widening takes longer than all that consumers do, so keys
+and values have a warpgroup each.
 
 Page numbers and scales are in global memory. Each is loaded a visit before it is needed.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,14 +22,27 @@ from pallas_kernels.common.schedule import Work
 from pallas_kernels.common.walk import Walk
 from pallas_kernels.hopper.config import ROWS
 from pallas_kernels.hopper.hidden import Hidden, zero_hidden
-from pallas_kernels.hopper.kernel import Forward
+from pallas_kernels.hopper.kernel import Forward, drain, next_tile
 from pallas_kernels.hopper.source import Source, pages_of
 
 
+class Lane(NamedTuple):
+    """Keys or values: where they are, and on which barriers those wait who pass them on."""
+
+    gmem: Any
+    scale: mosaic.Ref  # [pages, heads]
+    narrow: mosaic.Matrix  # [narrow_stages, block_kv, columns]
+    arrived: mosaic.Ref
+    wide: mosaic.Matrix  # [stages, block_kv, columns]
+    full: mosaic.Ref
+    free: mosaic.Ref
+
+
 class Tiles(NamedTuple):
-    """The tiles of keys that a tile of queries visits."""
+    """The tiles of a lane that a tile of queries visits."""
 
     k: Forward
+    lane: Lane
     work: Work
     walk: Walk
     step: Any  # how many visits there were before
@@ -41,58 +56,39 @@ class Tiles(NamedTuple):
         """The pages of a visit's keys; of some, if there is no such visit."""
         return pages_of(self.k, self.work, self.walk.tile(j))
 
+    def scales(self, pages: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Of the parts of a tile."""
+        return tuple(self.lane.scale[page, self.k.kv_head(self.work)] for page in pages)
+
     def slot(self, j: Any) -> Any:
         return lax.rem(self.step + j, self.k.forms.narrow_stages)
 
     def start(self, j: Any, pages: tuple[Any, ...]) -> None:
         """Starts to copy what a visit needs, if there is such a visit."""
-        k, r, slot = self.k, self.k.refs, self.slot(j)
+        x, slot = self.lane, self.slot(j)
 
         @pl.when(j < self.walk.count)
         def _() -> None:
-            source = Source.of(k, self.work, self.walk.tile(j), pages)
-            source.copy(r.x.key, r.k_narrow_smem.at(slot), r.narrow_full.at[slot])
-            source.copy(r.x.value, r.v_narrow_smem.at(slot), r.narrow_full.at[slot])
+            source = Source.of(self.k, self.work, self.walk.tile(j), pages)
+            source.copy(x.gmem, x.narrow.at(slot), x.arrived.at[slot])
 
 
-class PartScales(NamedTuple):
-    """Of the parts of a tile of keys and values."""
-
-    key: tuple[Any, ...]
-    value: tuple[Any, ...]
-
-    @classmethod
-    def of(cls, k: Forward, work: Work, pages: tuple[Any, ...]) -> "PartScales":
-        x, head = k.refs.x, k.kv_head(work)
-        return cls(*(tuple(y[page, head] for page in pages) for y in (x.key_scale, x.value_scale)))
+def widen_keys(k: Forward, work: Work, step: Any) -> Any:
+    """Brings K of each visit of a tile of queries; returns how many there are."""
+    x, r = k.refs.x, k.refs
+    lane = Lane(x.key, x.key_scale, r.k_narrow_smem, r.k_narrow_full, r.k_smem, r.k_full, r.k_free)
+    return widen_each(k, lane, work, step, None)
 
 
-def produce_widened(k: Forward, work: Work, step: Any) -> Any:
-    """Brings K and V of each visit of a tile of queries; returns how many there are."""
-    c, r = k.config, k.refs
-    tiles = Tiles(k, work, k.walk(work), step)
-    first = [tiles.pages(j) for j in range(tiles.ahead + 1)]
-    for j in range(tiles.ahead):
-        tiles.start(j, first[j])
+def widen_values(k: Forward) -> None:
+    """Brings V of each tile of this block, as the other producer takes them."""
+    c, r, x, zero = k.config, k.refs, k.refs.x, jnp.int32(0)
+    lane = Lane(
+        x.value, x.value_scale, r.v_narrow_smem, r.v_narrow_full, r.v_smem, r.v_full, r.v_free
+    )
 
-    def visit(j: Any, carry: tuple[Any, Any, PartScales]) -> tuple[Any, Any, PartScales]:
-        to_copy, following, scales = carry
-        tiles.start(j + tiles.ahead, to_copy)
-        upcoming = tiles.pages(j + tiles.ahead + 1), tiles.pages(j + 2)
-        upcoming_scales = PartScales.of(k, work, following)
-        hidden = Hidden.of(k, work, tiles.walk.tile(j), None)
-        stage, slot = lax.rem(step + j, c.stages), tiles.slot(j)
-        again = step + j >= c.stages
-        mosaic.barrier_wait(r.narrow_full.at[slot])
-
-        pl.when(again)(lambda: mosaic.barrier_wait(r.k_free.at[stage]))
-        widen(k, r.k_narrow_smem.at(slot), r.k_smem.at(stage), scales.key)
-        mosaic.commit_smem()
-        mosaic.barrier_arrive(r.k_full.at[stage])
-
-        pl.when(again)(lambda: mosaic.barrier_wait(r.v_free.at[stage]))
-        v_smem = r.v_smem.at(stage)
-        widen(k, r.v_narrow_smem.at(slot), v_smem, scales.value)
+    def clean(work: Work, tile: Any, v_smem: mosaic.Matrix) -> None:
+        hidden = Hidden.of(k, work, tile, None)
 
         @pl.when(hidden.some)
         def _() -> None:
@@ -100,12 +96,45 @@ def produce_widened(k: Forward, work: Work, step: Any) -> Any:
             for row in range(0, c.block_kv, ROWS):
                 zero_hidden(v_smem, row, functools.partial(hidden.others, row))
 
-        mosaic.commit_smem()  # after it, all threads have read the slot, too
-        mosaic.barrier_arrive(r.v_full.at[stage])
-        return *upcoming, upcoming_scales
+    def taken(round_: Any) -> Any:
+        tile, _ = next_tile(k, round_)
+        mosaic.barrier_arrive(r.q_free.at[lax.rem(round_, c.q_stages)])
+        return tile
 
-    scales = PartScales.of(k, work, first[0])
-    lax.fori_loop(0, tiles.walk.count, visit, (first[-1], tiles.pages(1), scales))
+    def one(carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        round_, step, tile = carry
+        count = widen_each(k, lane, k.schedule.work(tile), step, clean)
+        return round_ + 1, step + count, taken(round_ + 1)
+
+    state = (zero, zero, taken(zero))
+    _, steps, _ = lax.while_loop(lambda carry: carry[2] < k.schedule.tiles, one, state)
+    drain(steps, c.stages, r.v_free)
+
+
+def widen_each(
+    k: Forward, lane: Lane, work: Work, step: Any, clean: Callable[..., None] | None
+) -> Any:
+    """Brings a lane's tiles for a tile of queries, perhaps cleaned; returns their number."""
+    c, tiles = k.config, Tiles(k, lane, work, k.walk(work), step)
+    first = [tiles.pages(j) for j in range(tiles.ahead + 1)]
+    for j in range(tiles.ahead):
+        tiles.start(j, first[j])
+
+    def visit(j: Any, carry: Any) -> Any:
+        to_copy, following, scales = carry
+        tiles.start(j + tiles.ahead, to_copy)
+        upcoming = tiles.pages(j + tiles.ahead + 1), tiles.pages(j + 2), tiles.scales(following)
+        stage, slot = lax.rem(step + j, c.stages), tiles.slot(j)
+        mosaic.barrier_wait(lane.arrived.at[slot])
+        pl.when(step + j >= c.stages)(lambda: mosaic.barrier_wait(lane.free.at[stage]))
+        widen(k, lane.narrow.at(slot), lane.wide.at(stage), scales)
+        if clean is not None:
+            clean(work, tiles.walk.tile(j), lane.wide.at(stage))
+        mosaic.commit_smem()  # after it, all threads have read the slot, too
+        mosaic.barrier_arrive(lane.full.at[stage])
+        return upcoming
+
+    lax.fori_loop(0, tiles.walk.count, visit, (first[-1], tiles.pages(1), tiles.scales(first[0])))
     return tiles.walk.count
 
 
