@@ -21,7 +21,9 @@ class Schedule:
 
     Tiles that run at the same time read the same keys and values: all of ``heads_at_once`` heads,
     then the next heads. Within them the last queries come first, which under a causal mask are the
-    ones with most to do: the short tiles at the end even out when blocks finish.
+    ones with most to do: the short tiles at the end even out when blocks finish. Where keys are
+    split, the first parts of all tiles come first: what runs at the same time reads the same
+    tokens' heads, which are neighbours in memory.
     """
 
     batch: int
@@ -44,7 +46,8 @@ class Schedule:
         """The tile that comes at a place of the order."""
         split: Any = 0
         if self.splits > 1:
-            tile, split = lax.div(tile, self.splits), lax.rem(tile, self.splits)
+            of_split = self.tiles // self.splits
+            split, tile = lax.div(tile, of_split), lax.rem(tile, of_split)
         of_section = self.heads_at_once * self.q_blocks
         section, tile = lax.div(tile, of_section), lax.rem(tile, of_section)
         head = section * self.heads_at_once + lax.rem(tile, self.heads_at_once)

@@ -24,15 +24,15 @@ from pallas_kernels.hopper.forward import launch, supports
 from pallas_kernels.hopper.kernel import Forward
 
 _STAGES = (6, 5, 4, 3, 2)
-# In visits: what a part of a walk costs beside them, what it costs that there are parts to merge,
-# and what share of a part the last block is late by where sequences differ. The first two measured
-# (bench/LOG.md, decoding), the third a compromise.
-_COST_OF_PART, _COST_OF_MERGE, _LATE = 0.5, 1.0, 1 / 8
+# In bytes of keys and values that are read in the same time: what a part of a walk costs beside
+# them, and what it costs that there are parts to merge. And what share of a part the last block is
+# late by where sequences differ. The first two measured (bench/LOG.md, decoding), the third a
+# compromise.
+_COST_OF_PART, _COST_OF_MERGE, _LATE = 45_000, 40_000, 1 / 12
 _MAX_PARTS = 32
-# Of pages of 8 bits: tiles are widened one by one; what room there is is for those on their way.
-_NARROW = Config(consumers=1, block_kv=ROWS, stages=2, q_stages=1)
+# Of pages of 8 bits: what room there is is for tiles on their way.
+_NARROW = Config(consumers=1, block_kv=2 * ROWS, stages=2, q_stages=1)
 _NARROW_COLUMNS = (64, 128)
-_SIZE_OF_NARROW = 1 / 4  # by bytes, of a visit
 
 
 class Decode(Forward):
@@ -130,17 +130,15 @@ def choose_splits(problem: spec.Problem, c: Config) -> int:
     visits = pl.cdiv(keys, c.block_kv)
     tiles = p.B * p.K * pl.cdiv(p.T * p.G, c.block_q)
     blocks = gpu.multiprocessors(p.device)
-    # A part's output is stored and read again, in place of so many keys and values.
-    stored = 2 * min(p.T * p.G, c.block_q) * p.Hv / (c.block_kv * (p.H + p.Hv))
-
-    of_visit = _SIZE_OF_NARROW if p.operands.has_narrow_pages else 1.0
+    of_visit = c.block_kv * (p.H + p.Hv) * p.operands.key.dtype.itemsize
+    stored = 2 * min(p.T * p.G, c.block_q) * p.Hv * p.dtype.itemsize  # and read again
 
     def cost(splits: int) -> float:
-        size = pl.cdiv(visits, splits)
+        size = pl.cdiv(visits, splits) * of_visit
         rounds = pl.cdiv(tiles * splits, blocks)
         late = size * _LATE if p.B > 1 else 0.0
         merge = _COST_OF_MERGE if splits > 1 else 0.0
-        return rounds * ((size + stored) * of_visit + _COST_OF_PART) + late * of_visit + merge
+        return rounds * (size + stored + _COST_OF_PART) + late + merge
 
     return min(range(1, min(visits, _MAX_PARTS) + 1), key=cost)
 

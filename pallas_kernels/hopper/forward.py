@@ -34,7 +34,7 @@ from pallas_kernels.common.block_map import BlockMap, block_map, needs_map
 from pallas_kernels.common.schedule import Schedule, Work, largest_divisor
 from pallas_kernels.hopper import gpu
 from pallas_kernels.hopper import tile as tiles
-from pallas_kernels.hopper.config import ROWS, Config
+from pallas_kernels.hopper.config import REGISTERS, REGISTERS_TO_WIDEN, ROWS, Config
 from pallas_kernels.hopper.kernel import Forms, Forward, Scales, divide, next_tile
 from pallas_kernels.hopper.producer import producers
 from pallas_kernels.hopper.softmax import Raised, Stats, Visit
@@ -348,7 +348,10 @@ def launch(
         out, lse, *rest = refs[len(leaves) :]
         named = forms.refs(given, out, lse, dict(zip(scratch, rest, strict=True)))
         k = kind(p, c, schedule, blocks, forms, named)
-        divide(c.consumers, k.hides_keys, lambda: consume(k), *producers(k))
+        registers = REGISTERS[c.consumers][k.hides_keys]
+        if problem.operands.has_narrow_pages:
+            registers = REGISTERS_TO_WIDEN
+        divide(c.consumers, registers, lambda: consume(k), *producers(k))
 
     call = mosaic.kernel(
         forward_kernel,
@@ -358,7 +361,7 @@ def launch(
         ],
         scratch_types=list(scratch.values()),
         grid={"block": blocks},
-        threads=("warpgroup", c.consumers + 1 + problem.operands.has_narrow_pages),
+        threads=("warpgroup", c.consumers + forms.producers(c, p)),
         # No reduction crosses warps: a row is within one. And nothing needs the barriers of the
         # warpgroup that Mosaic would put around copies and stores: what threads write to shared
         # memory for others to read, `commit_smem` ends with one; a buffer is written again only

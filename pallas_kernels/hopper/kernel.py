@@ -15,7 +15,7 @@ from pallas_kernels.common import visits
 from pallas_kernels.common.block_map import BlockMap
 from pallas_kernels.common.schedule import Schedule, Work
 from pallas_kernels.common.walk import Walk
-from pallas_kernels.hopper.config import REGISTERS, ROWS, Config, Staging, modifies
+from pallas_kernels.hopper.config import ROWS, Config, Staging, modifies
 
 LOG2_E = math.log2(math.e)
 
@@ -82,10 +82,10 @@ class Refs(NamedTuple):
     # Of 8-bit elements, float32.
     q_scale_smem: mosaic.Ref = None  # [q_stages, consumers]
     kv_scale_smem: mosaic.Ref = None  # [stages, scaled_parts, 2]: of the keys; shift
-    # Of pages of 8 bits: tiles before they are widened.
-    k_narrow_smem: Any = None  # Matrix [narrow_stages, block_kv, H]
-    v_narrow_smem: Any = None  # Matrix [narrow_stages, block_kv, Hv]
-    k_narrow_full: mosaic.Ref = None
+    # Of pages of 8 bits: tiles before they are widened, in shares of 64 rows.
+    k_narrow_smem: Any = None  # Matrix [narrow_stages, shares, 64, H]
+    v_narrow_smem: Any = None  # Matrix [narrow_stages, shares, 64, Hv]
+    k_narrow_full: mosaic.Ref = None  # [narrow_stages * shares]
     v_narrow_full: mosaic.Ref = None
 
 
@@ -108,7 +108,7 @@ class Forms(NamedTuple):
         staging = c.staging(p.H, p.Hv, itemsize)
         assert staging is not None, f"{c} needs too much shared memory for {p.H=}, {p.Hv=}"
         spare = c.spare_bytes(p.H, p.Hv, staging.form.columns, itemsize)
-        narrow = [mosaic.Form.of(c.block_kv, n, dividing=ROWS, itemsize=1) for n in (p.H, p.Hv)]
+        narrow = [mosaic.Form.of(ROWS, n, dividing=ROWS, itemsize=1) for n in (p.H, p.Hv)]
         table = p.operands.page_table
         return cls(
             q=mosaic.Form.of(ROWS, p.H, itemsize=itemsize),
@@ -129,6 +129,11 @@ class Forms(NamedTuple):
         value = x.value if x.is_quantized else self.v.array(x.value)
         return x._replace(key=self.k.array(x.key), value=value)
 
+    @staticmethod
+    def producers(c: Config, p: spec.Problem) -> int:
+        """How many warpgroups bring keys and values."""
+        return 2 * c.shares if p.operands.has_narrow_pages else 1
+
     def scratch(self, c: Config, p: spec.Problem) -> dict[str, Any]:
         """Shared memory and barriers, by their names in `Refs`."""
         x, dtype = p.operands, p.operands.query.dtype
@@ -139,11 +144,11 @@ class Forms(NamedTuple):
             others["q_scale_smem"] = mosaic.SMEM((c.q_stages, c.consumers), jnp.float32)
             others["kv_scale_smem"] = mosaic.SMEM((c.stages, c.scaled_parts, 2), jnp.float32)
         if x.has_narrow_pages:
+            stages, of_k, of_v = self.narrow_stages, c.shares, c.shares
             for name, form in (("k_narrow", self.k_narrow), ("v_narrow", self.v_narrow)):
-                others[f"{name}_smem"] = form.smem(self.narrow_stages, dtype=x.key.dtype)
-                copies = form.copies_in(self.parts)
-                others[f"{name}_full"] = _barriers(self.narrow_stages, copies)
-            of_k = of_v = 1  # when they have been widened
+                others[f"{name}_smem"] = form.smem(stages, c.shares, dtype=x.key.dtype)
+                copies = form.copies_in(max(1, ROWS // x.key.shape[1]))
+                others[f"{name}_full"] = _barriers(stages * c.shares, copies)
         return {
             "q_smem": self.q.smem(c.q_stages, c.consumers, dtype=dtype),
             "k_smem": self.k.smem(c.stages, dtype=dtype),
@@ -152,7 +157,7 @@ class Forms(NamedTuple):
             "tile_smem": mosaic.SMEM((c.q_stages,), jnp.int32),
             "ticket_smem": mosaic.SMEM((1,), jnp.int32),
             "q_full": _barriers(c.q_stages, c.consumers * self.q.copies + 1),
-            "q_free": _barriers(c.q_stages, c.consumers + x.has_narrow_pages),
+            "q_free": _barriers(c.q_stages, c.consumers + self.producers(c, p) - 1),
             "k_full": _barriers(c.stages, of_k),
             "k_free": _barriers(c.stages, c.consumers),
             "v_full": _barriers(c.stages, of_v),
@@ -235,13 +240,13 @@ class Kernel:
 
 
 def divide(
-    consumers: int, cleans: bool, consume: Callable[[], None], *produce: Callable[[], None]
+    consumers: int,
+    registers: tuple[int, int],
+    consume: Callable[[], None],
+    *produce: Callable[[], None],
 ) -> None:
-    """Runs the consumers and the producers, each in its warpgroups, with registers for its task.
-
-    ``cleans`` tells whether producers have rows to zero.
-    """
-    of_consumer, of_producer = REGISTERS[consumers][cleans]
+    """Runs consumers and producers, each in its warpgroups, with ``registers`` for its task."""
+    of_consumer, of_producer = registers
 
     @pl.when(lax.axis_index("warpgroup") < consumers)
     def _() -> None:
