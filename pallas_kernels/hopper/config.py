@@ -15,8 +15,6 @@ REGISTERS = {
     3: ((160, 32), (152, 56)),
     4: ((112, 32), (104, 64)),
 }
-# The same where four producers widen pages of 8 bits.
-REGISTERS_TO_WIDEN = (224, 64)
 _SMEM_BYTES = 227 * 1024
 _SMEM_REST = 2304  # numbers and barriers; each buffer starts at a multiple of 1024
 _SMEM_SCALES = 2048  # of elements of 8 bits
@@ -46,11 +44,6 @@ class Config:
     @property
     def block_q(self) -> int:
         return self.consumers * ROWS
-
-    @property
-    def shares(self) -> int:
-        """Of a tile of keys in pages of 8 bits, the parts that different warpgroups widen."""
-        return self.block_kv // ROWS
 
     @property
     def scaled_parts(self) -> int:

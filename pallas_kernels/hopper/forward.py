@@ -34,7 +34,7 @@ from pallas_kernels.common.block_map import BlockMap, block_map, needs_map
 from pallas_kernels.common.schedule import Schedule, Work, largest_divisor
 from pallas_kernels.hopper import gpu
 from pallas_kernels.hopper import tile as tiles
-from pallas_kernels.hopper.config import REGISTERS, REGISTERS_TO_WIDEN, ROWS, Config
+from pallas_kernels.hopper.config import ROWS, Config
 from pallas_kernels.hopper.kernel import Forms, Forward, Scales, divide, next_tile
 from pallas_kernels.hopper.producer import producers
 from pallas_kernels.hopper.softmax import Raised, Stats, Visit
@@ -58,10 +58,10 @@ class Consumer(NamedTuple):
 
     def raised(self, q_stage: Any, stage: Any) -> Raised | None:
         """What the scales of a tile of Q and those of one of keys come to."""
-        r = self.k.refs
-        if r.scales is None:
+        r, parts = self.k.refs, range(self.k.scaled_parts)
+        if not parts:
             return None
-        of_queries, parts = r.q_scale_smem[q_stage, self.me], range(self.k.config.scaled_parts)
+        of_queries = 1.0 if self.k.widens else r.q_scale_smem[q_stage, self.me]
         return Raised(
             tuple(of_queries * r.kv_scale_smem[stage, i, 0] for i in parts),
             tuple(r.kv_scale_smem[stage, i, 1] for i in parts),
@@ -348,10 +348,7 @@ def launch(
         out, lse, *rest = refs[len(leaves) :]
         named = forms.refs(given, out, lse, dict(zip(scratch, rest, strict=True)))
         k = kind(p, c, schedule, blocks, forms, named)
-        registers = REGISTERS[c.consumers][k.hides_keys]
-        if problem.operands.has_narrow_pages:
-            registers = REGISTERS_TO_WIDEN
-        divide(c.consumers, registers, lambda: consume(k), *producers(k))
+        divide(c.consumers, k.hides_keys, lambda: consume(k), *producers(k))
 
     call = mosaic.kernel(
         forward_kernel,
@@ -361,7 +358,7 @@ def launch(
         ],
         scratch_types=list(scratch.values()),
         grid={"block": blocks},
-        threads=("warpgroup", c.consumers + forms.producers(c, p)),
+        threads=("warpgroup", c.consumers + 1 + problem.operands.has_narrow_pages),
         # No reduction crosses warps: a row is within one. And nothing needs the barriers of the
         # warpgroup that Mosaic would put around copies and stores: what threads write to shared
         # memory for others to read, `commit_smem` ends with one; a buffer is written again only

@@ -15,12 +15,13 @@ from pallas_kernels.common import visits
 from pallas_kernels.common.block_map import BlockMap
 from pallas_kernels.common.schedule import Schedule, Work
 from pallas_kernels.common.walk import Walk
-from pallas_kernels.hopper.config import ROWS, Config, Staging, modifies
+from pallas_kernels.hopper.config import REGISTERS, ROWS, Config, Staging, modifies
 
 LOG2_E = math.log2(math.e)
 
 
 RANGE = 8.0  # log2 of what probabilities are multiplied by to be 8-bit numbers: 448 is the largest
+RANGE_OF_HALF = 12.0  # the same for float16, where what is small would be lost
 # log2 of how much larger than what they are divided by probabilities may grow: until then sums stay
 # as they are, which saves more instructions than it costs where there are many columns.
 PATIENCE = 8.0
@@ -79,13 +80,13 @@ class Refs(NamedTuple):
     v_free: mosaic.Ref
     v_raw: mosaic.Ref  # V has arrived, with rows in it that are to be zeroed
     turn: mosaic.Ref  # [consumers]: it is this one's turn to start its products
-    # Of 8-bit elements, float32.
-    q_scale_smem: mosaic.Ref = None  # [q_stages, consumers]
+    # Of elements or pages of 8 bits, float32.
+    q_scale_smem: mosaic.Ref = None  # [q_stages, consumers]; not of pages
     kv_scale_smem: mosaic.Ref = None  # [stages, scaled_parts, 2]: of the keys; shift
-    # Of pages of 8 bits: tiles before they are widened, in shares of 64 rows.
-    k_narrow_smem: Any = None  # Matrix [narrow_stages, shares, 64, H]
-    v_narrow_smem: Any = None  # Matrix [narrow_stages, shares, 64, Hv]
-    k_narrow_full: mosaic.Ref = None  # [narrow_stages * shares]
+    # Of pages of 8 bits: tiles before they are widened.
+    k_narrow_smem: Any = None  # Matrix [narrow_stages, block_kv, H]
+    v_narrow_smem: Any = None  # Matrix [narrow_stages, block_kv, Hv]
+    k_narrow_full: mosaic.Ref = None
     v_narrow_full: mosaic.Ref = None
 
 
@@ -106,9 +107,11 @@ class Forms(NamedTuple):
     def of(cls, p: spec.Problem, c: Config) -> "Forms":
         itemsize = p.operands.query.dtype.itemsize
         staging = c.staging(p.H, p.Hv, itemsize)
+        if p.operands.has_narrow_pages:  # with room for more tiles on their way
+            *_, staging = Staging.of(p.Hv)
         assert staging is not None, f"{c} needs too much shared memory for {p.H=}, {p.Hv=}"
         spare = c.spare_bytes(p.H, p.Hv, staging.form.columns, itemsize)
-        narrow = [mosaic.Form.of(ROWS, n, dividing=ROWS, itemsize=1) for n in (p.H, p.Hv)]
+        narrow = [mosaic.Form.of(c.block_kv, n, dividing=ROWS, itemsize=1) for n in (p.H, p.Hv)]
         table = p.operands.page_table
         return cls(
             q=mosaic.Form.of(ROWS, p.H, itemsize=itemsize),
@@ -123,20 +126,18 @@ class Forms(NamedTuple):
 
     def arrays(self, x: spec.Operands) -> spec.Operands:
         """Operands whose queries, keys and values are as copies take them."""
+        if x.has_narrow_pages:
+            most = float(jnp.finfo(jnp.float16).max)
+            x = x._replace(query=jnp.clip(x.query, -most, most).astype(jnp.float16))
         x = x._replace(query=self.q.array(x.query))
         if x.has_narrow_pages:
             return x._replace(key=self.k_narrow.array(x.key), value=self.v_narrow.array(x.value))
         value = x.value if x.is_quantized else self.v.array(x.value)
         return x._replace(key=self.k.array(x.key), value=value)
 
-    @staticmethod
-    def producers(c: Config, p: spec.Problem) -> int:
-        """How many warpgroups bring keys and values."""
-        return 2 * c.shares if p.operands.has_narrow_pages else 1
-
     def scratch(self, c: Config, p: spec.Problem) -> dict[str, Any]:
         """Shared memory and barriers, by their names in `Refs`."""
-        x, dtype = p.operands, p.operands.query.dtype
+        x, dtype = p.operands, dtype_in_smem(p)
         of_k, of_v = self.k.copies_in(self.parts), self.v.copies_in(self.parts)
         others: dict[str, Any] = {}
         if x.is_quantized:
@@ -144,11 +145,12 @@ class Forms(NamedTuple):
             others["q_scale_smem"] = mosaic.SMEM((c.q_stages, c.consumers), jnp.float32)
             others["kv_scale_smem"] = mosaic.SMEM((c.stages, c.scaled_parts, 2), jnp.float32)
         if x.has_narrow_pages:
-            stages, of_k, of_v = self.narrow_stages, c.shares, c.shares
             for name, form in (("k_narrow", self.k_narrow), ("v_narrow", self.v_narrow)):
-                others[f"{name}_smem"] = form.smem(stages, c.shares, dtype=x.key.dtype)
-                copies = form.copies_in(max(1, ROWS // x.key.shape[1]))
-                others[f"{name}_full"] = _barriers(stages * c.shares, copies)
+                others[f"{name}_smem"] = form.smem(self.narrow_stages, dtype=x.key.dtype)
+                copies = form.copies_in(self.parts)
+                others[f"{name}_full"] = _barriers(self.narrow_stages, copies)
+            others["kv_scale_smem"] = mosaic.SMEM((c.stages, self.parts, 2), jnp.float32)
+            of_k = of_v = 1  # when they have been widened
         return {
             "q_smem": self.q.smem(c.q_stages, c.consumers, dtype=dtype),
             "k_smem": self.k.smem(c.stages, dtype=dtype),
@@ -157,7 +159,7 @@ class Forms(NamedTuple):
             "tile_smem": mosaic.SMEM((c.q_stages,), jnp.int32),
             "ticket_smem": mosaic.SMEM((1,), jnp.int32),
             "q_full": _barriers(c.q_stages, c.consumers * self.q.copies + 1),
-            "q_free": _barriers(c.q_stages, c.consumers + self.producers(c, p) - 1),
+            "q_free": _barriers(c.q_stages, c.consumers + x.has_narrow_pages),
             "k_full": _barriers(c.stages, of_k),
             "k_free": _barriers(c.stages, c.consumers),
             "v_full": _barriers(c.stages, of_v),
@@ -174,6 +176,11 @@ class Forms(NamedTuple):
             for name, x in scratch.items()
         }
         return Refs(x=x, map=found, scales=scales, out_gmem=out, lse_gmem=lse, **by_name)
+
+
+def dtype_in_smem(p: spec.Problem) -> Any:
+    """Of Q, K and V as products take them. What has 8 bits has few that float16 has not."""
+    return jnp.float16 if p.operands.has_narrow_pages else p.operands.query.dtype
 
 
 def _barriers(number: int, arrivals: int) -> Any:
@@ -240,13 +247,13 @@ class Kernel:
 
 
 def divide(
-    consumers: int,
-    registers: tuple[int, int],
-    consume: Callable[[], None],
-    *produce: Callable[[], None],
+    consumers: int, cleans: bool, consume: Callable[[], None], *produce: Callable[[], None]
 ) -> None:
-    """Runs consumers and producers, each in its warpgroups, with ``registers`` for its task."""
-    of_consumer, of_producer = registers
+    """Runs the consumers and the producers, each in its warpgroups, with registers for its task.
+
+    ``cleans`` tells whether producers have rows to zero.
+    """
+    of_consumer, of_producer = REGISTERS[consumers][cleans]
 
     @pl.when(lax.axis_index("warpgroup") < consumers)
     def _() -> None:
@@ -309,6 +316,18 @@ class Forward(Kernel):
         return visits.row_count(self.problem, self.refs.x, work.batch)
 
     @property
+    def widens(self) -> bool:
+        """Whether keys and values are in pages of 8 bits."""
+        return self.problem.operands.has_narrow_pages
+
+    @property
+    def scaled_parts(self) -> int:
+        """Of a tile of keys, the parts that have scales of their own; 0: there are no scales."""
+        if self.widens:
+            return self.forms.parts
+        return 0 if self.refs.scales is None else self.config.scaled_parts
+
+    @property
     def is_patient(self) -> bool:
         """See `PATIENCE`. 8-bit probabilities have no room to grow; masks by data no registers."""
         p = self.problem
@@ -329,7 +348,7 @@ class Forward(Kernel):
     def left_operand(self, p: jax.Array) -> jax.Array:
         """Probabilities, to be multiplied with values."""
         if self.refs.scales is None:
-            return p.astype(self.problem.dtype)
+            return p.astype(dtype_in_smem(self.problem))
         return mosaic.as_left_operand(p.astype(self.problem.operands.value.dtype))
 
     def start_outputs(

@@ -14,19 +14,18 @@ from pallas_kernels.hopper.config import ROWS
 from pallas_kernels.hopper.hidden import Hidden, zero_hidden
 from pallas_kernels.hopper.kernel import Forward, Kernel, drain, scale_at
 from pallas_kernels.hopper.source import Source
-from pallas_kernels.hopper.widening import shares, widen_alone, widen_each
+from pallas_kernels.hopper.widening import widen_keys, widen_values
 
 
 def producers(k: Forward) -> list[Callable[[], None]]:
-    """Their tasks, each for a warpgroup: one has all, but for what must be widened."""
-    others = shares(k)[1:] if k.problem.operands.has_narrow_pages else []
-    return [lambda: produce(k), *(functools.partial(widen_alone, k, share) for share in others)]
+    """Their tasks, each for a warpgroup: one has all, but for values that are widened."""
+    narrow = k.problem.operands.has_narrow_pages
+    return [lambda: produce(k), *([lambda: widen_values(k)] if narrow else [])]
 
 
 def produce(k: Forward) -> None:
-    """Copies Q, K and V of each tile of this block; or Q, and a share of K that it widens."""
-    c, r = k.config, k.refs
-    share = shares(k)[0] if k.problem.operands.has_narrow_pages else None
+    """Copies Q, K and V of each tile of this block, or only Q and K."""
+    c, r, narrow = k.config, k.refs, k.problem.operands.has_narrow_pages
 
     def load(round_: Any, step: Any, tile: Any) -> Any:
         work = k.schedule.work(tile)
@@ -34,13 +33,13 @@ def produce(k: Forward) -> None:
         for i in range(c.consumers):
             rows = pl.ds(work.q_block * c.block_q + i * ROWS, ROWS)
             mosaic.copy_in(k.query(work, rows), r.q_smem.at(stage, i), r.q_full.at[stage])
-        return produce_keys(k, work, step) if share is None else widen_each(k, share, work, step)
+        return (widen_keys if narrow else produce_keys)(k, work, step)
 
     rounds, steps, tile = each_tile(k, r.ticket_smem, load)
     stage = announce(k, rounds, tile, None)  # that there is none left
     arrive(r.q_full.at[stage], c.consumers * k.forms.q.copies)
     drain(rounds + 1, c.q_stages, r.q_free)
-    drain(steps, c.stages, *((r.k_free, r.v_free) if share is None else (share.free,)))
+    drain(steps, c.stages, r.k_free, *([] if narrow else [r.v_free]))
 
 
 def each_tile(k: Kernel, ticket: mosaic.Ref, load: Callable[[Any, Any, Any], Any]) -> Any:
@@ -88,7 +87,7 @@ def produce_keys(k: Forward, work: Work, step: Any) -> Any:
 
     def visit(j: Any, _: None) -> None:
         stage, kv_block = lax.rem(step + j, c.stages), walk.tile(j)
-        source = Source.of(k, work, kv_block * c.block_kv, c.block_kv)
+        source = Source.of(k, work, kv_block)
         # Before the waits: what it loads comes while they last.
         by_data = walk.hides and functools.partial(walk.hides, j)
         hidden = Hidden.of(k, work, kv_block, by_data) if k.hides_keys else None

@@ -12,7 +12,7 @@ from pallas_kernels import mosaic, spec
 from pallas_kernels.common.schedule import Work
 from pallas_kernels.hopper import tile as tiles
 from pallas_kernels.hopper.config import ROWS
-from pallas_kernels.hopper.kernel import LOG2_E, Forward, Kernel
+from pallas_kernels.hopper.kernel import LOG2_E, RANGE_OF_HALF, Forward, Kernel
 
 
 class Stats(NamedTuple):
@@ -46,7 +46,7 @@ class Stats(NamedTuple):
 
 
 class Raised(NamedTuple):
-    """What a visit's 8-bit elements ask for, in each part of its keys."""
+    """What a visit's 8-bit elements or pages ask for, in each part of its keys."""
 
     scale: tuple[Any, ...]  # of products of queries with keys
     shift: tuple[Any, ...]  # by which log2 of probabilities is raised
@@ -57,12 +57,18 @@ def over(parts: tuple[Any, ...], shape: tuple[int, ...]) -> Any:
     return parts[0] if len(parts) == 1 else mosaic.spread_parts(parts, shape)
 
 
-def row_max(s: jax.Array, units: tuple[Any, ...]) -> jax.Array:
-    """The largest of each row, given in multiples of what each part has, greater than 0."""
-    s = mosaic.fold_parts(s, len(units), jnp.maximum)
-    if len(units) == 1:  # fewer to multiply
-        return jnp.max(s, axis=1) * units[0]
-    return jnp.max(s * over(units, s.shape), axis=1)
+def row_max(s: jax.Array, units: tuple[Any, ...], shifts: tuple[Any, ...] | None) -> jax.Array:
+    """The largest of each row, given in multiples of what each part has, greater than 0.
+
+    What parts are shifted by is added.
+    """
+    parts = len(units if shifts is None else shifts)
+    s = mosaic.fold_parts(s, parts, jnp.maximum)
+    if parts == 1:  # fewer to multiply
+        largest = jnp.max(s, axis=1) * units[0]
+        return largest if shifts is None else largest + shifts[0]
+    s = s * over(units, s.shape)
+    return jnp.max(s if shifts is None else s + over(shifts, s.shape), axis=1)
 
 
 def row_sum(p: jax.Array, weights: tuple[Any, ...]) -> jax.Array:
@@ -103,7 +109,11 @@ class Visit(NamedTuple):
         elif raised is not None:
             units = tuple(units[0] * scale for scale in raised.scale)
         s = self.logits(s)
-        m = k.larger(stats.m, row_max(s, units))
+        if raised is not None and k.widens:  # by what may be anything
+            found = row_max(s, units, raised.shift) - RANGE_OF_HALF
+        else:
+            found = row_max(s, units, None)
+        m = k.larger(stats.m, found)
         base = jnp.where(m == -math.inf, 0.0, m) if self.masked or k.modifies else m
         decay = jnp.exp2(stats.m - base)
         lowered = mosaic.spread_rows(base, s.shape)

@@ -11,36 +11,38 @@ from pallas_kernels.common.schedule import Work
 from pallas_kernels.hopper.kernel import Forward
 
 
-def pages_of(k: Forward, work: Work, key0: Any, keys: int) -> tuple[Any, ...]:
-    """The page of each part of so many keys, at the most a tile.
+def pages_of(k: Forward, work: Work, kv_block: Any) -> tuple[Any, ...]:
+    """The page of each part of a tile of keys.
 
     What is not in the table, or in no page, is hidden by its length, or not visited: it gets some.
     """
-    table = k.refs.x.page_table
+    block_kv, table = k.config.block_kv, k.refs.x.page_table
     pages, page_size = k.refs.x.key.shape[:2]
     found = []
-    for start in range(0, keys, min(page_size, keys)):
-        number = jnp.clip(lax.div(key0 + start, page_size), 0, table.shape[1] - 1)
+    for start in range(0, block_kv, min(page_size, block_kv)):
+        key = kv_block * block_kv + start
+        number = jnp.clip(lax.div(key, page_size), 0, table.shape[1] - 1)
         found.append(jnp.clip(table[work.batch, number], 0, pages - 1))
     return tuple(found)
 
 
 class Source(NamedTuple):
-    """Where keys, a tile of them or fewer, are in global memory: parts, each in one piece."""
+    """Where a tile of keys is in global memory: parts of it, each in one piece."""
 
     places: tuple[Any, ...]  # of parts: indices of the array's axes
     rows: int  # of each
 
     @classmethod
     def of(
-        cls, k: Forward, work: Work, key0: Any, keys: int, pages: tuple[Any, ...] | None = None
+        cls, k: Forward, work: Work, kv_block: Any, pages: tuple[Any, ...] | None = None
     ) -> "Source":
-        """``pages`` are their `pages_of`, if they have been looked up already."""
-        head = k.kv_head(work)
+        """A tile; ``pages`` are its `pages_of`, if they have been looked up already."""
+        block_kv, head = k.config.block_kv, k.kv_head(work)
+        key0 = kv_block * block_kv
         if k.refs.x.page_table is None:
-            return cls(((work.batch, pl.ds(key0, keys), head),), keys)
-        pages, page_size = pages or pages_of(k, work, key0, keys), k.refs.x.key.shape[1]
-        rows = keys // len(pages)
+            return cls(((work.batch, pl.ds(key0, block_kv), head),), block_kv)
+        pages, page_size = pages or pages_of(k, work, kv_block), k.refs.x.key.shape[1]
+        rows = block_kv // len(pages)
         starts = (lax.rem(key0 + i * rows, page_size) for i in range(len(pages)))
         return cls(
             tuple((p, pl.ds(start, rows), head) for p, start in zip(pages, starts, strict=True)),

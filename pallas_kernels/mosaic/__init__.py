@@ -47,9 +47,9 @@ from pallas_kernels.mosaic.matrix import (
 from pallas_kernels.mosaic.memory import Ref, layout_cast, load, store, tiled_smem
 from pallas_kernels.mosaic.sums import Sums, add, matrices, put
 from pallas_kernels.mosaic.values import (
-    floating,
     fold_parts,
     full,
+    half,
     iota,
     load_columns,
     load_matrix,
@@ -86,10 +86,10 @@ __all__ = [
     "copy_rows_in",
     "copy_smem_to_gmem",
     "counter",
-    "floating",
     "fold_parts",
     "full",
     "gather",
+    "half",
     "interpreting",
     "iota",
     "is_interpreting",

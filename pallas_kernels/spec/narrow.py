@@ -13,7 +13,7 @@ import numpy as np
 
 FLOATING = np.dtype(jnp.float8_e4m3fn)
 DTYPES = (FLOATING, np.dtype(jnp.int8))
-_LEAST = 2.0**-100  # of scales: those of zeros are no zeros
+LEAST = 2.0**-100  # of scales: those of zeros are no zeros
 
 
 def largest(dtype: Any) -> float:
@@ -23,7 +23,7 @@ def largest(dtype: Any) -> float:
 
 def scales_for(size: jax.Array, dtype: Any) -> jax.Array:
     """The least powers of two by which numbers up to a size are divided to fit into a dtype."""
-    ratio = jnp.maximum(size / largest(dtype), _LEAST)
+    ratio = jnp.maximum(size / largest(dtype), LEAST)
     fraction, exponent = jnp.frexp(ratio)  # fractions from a half to one
     return jnp.ldexp(jnp.float32(1), exponent - (fraction == 0.5))
 
