@@ -135,7 +135,8 @@ def _rounded(call: Call, x: np.ndarray) -> np.ndarray:
 
 def _in_8_bits(call: Call, x: np.ndarray) -> tuple[jax.Array, jax.Array]:
     """Pages [B, M, page_size, K, _] and their scales."""
-    pages = jnp.asarray(np.nan_to_num(x)).reshape(len(x), -1, call.page_size, *x.shape[2:])
+    held = np.where(np.isnan(x), 0, x).astype(x.dtype)
+    pages = jnp.asarray(held).reshape(len(x), -1, call.page_size, *x.shape[2:])
     return narrow.of_pages(pages, jnp.dtype(call.held))
 
 

@@ -25,12 +25,16 @@ from pallas_kernels.spec import softmax
 
 Layout = Literal["contiguous", "striped"]
 
-# Where it does not know how long a kernel takes, XLA may start a transfer after it; one transfer of
-# all that travels is started before. Between GPUs that see each other's memory it is a copy. NCCL's
-# own kernels want multiprocessors, for which they wait until attention is done with them.
+# What XLA needs to be told for transfers to run beside a step's kernels (bench/LOG.md, rings).
 RING_COMPILER_OPTIONS: dict[str, Any] = {
+    # It does not know how long a kernel takes, and starts some transfers after it. One transfer of
+    # all that travels comes before.
     "xla_gpu_collective_permute_combine_threshold_bytes": 2**40,
+    # NCCL's kernels want multiprocessors, for which they wait until attention is done with them.
+    # GPUs that see each other's memory can copy without.
     "xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY",
+    # The last transfers, of gradients, are apart.
+    "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
 }
 
 

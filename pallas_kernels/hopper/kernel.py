@@ -111,7 +111,7 @@ class Forms(NamedTuple):
             *_, staging = Staging.of(p.Hv)
         assert staging is not None, f"{c} needs too much shared memory for {p.H=}, {p.Hv=}"
         spare = c.spare_bytes(p.H, p.Hv, staging.form.columns, itemsize)
-        narrow = [mosaic.Form.of(c.block_kv, n, dividing=ROWS, itemsize=1) for n in (p.H, p.Hv)]
+        narrow = [mosaic.Form.of(c.block_kv, n, itemsize=1) for n in (p.H, p.Hv)]
         table = p.operands.page_table
         return cls(
             q=mosaic.Form.of(ROWS, p.H, itemsize=itemsize),

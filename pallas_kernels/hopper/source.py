@@ -12,18 +12,23 @@ from pallas_kernels.hopper.kernel import Forward
 
 
 def pages_of(k: Forward, work: Work, kv_block: Any) -> tuple[Any, ...]:
-    """The page of each part of a tile of keys.
-
-    What is not in the table, or in no page, is hidden by its length, or not visited: it gets some.
-    """
+    """What the table says of the page of each part of a tile of keys: see `existing`."""
     block_kv, table = k.config.block_kv, k.refs.x.page_table
-    pages, page_size = k.refs.x.key.shape[:2]
+    page_size = k.refs.x.key.shape[1]
     found = []
     for start in range(0, block_kv, min(page_size, block_kv)):
         key = kv_block * block_kv + start
         number = jnp.clip(lax.div(key, page_size), 0, table.shape[1] - 1)
-        found.append(jnp.clip(table[work.batch, number], 0, pages - 1))
+        found.append(table[work.batch, number])
     return tuple(found)
+
+
+def existing(k: Forward, pages: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Pages that there are.
+
+    What is not in the table, or in no page, is hidden by its length, or not visited: it gets some.
+    """
+    return tuple(jnp.clip(page, 0, k.refs.x.key.shape[0] - 1) for page in pages)
 
 
 class Source(NamedTuple):
@@ -41,7 +46,8 @@ class Source(NamedTuple):
         key0 = kv_block * block_kv
         if k.refs.x.page_table is None:
             return cls(((work.batch, pl.ds(key0, block_kv), head),), block_kv)
-        pages, page_size = pages or pages_of(k, work, kv_block), k.refs.x.key.shape[1]
+        pages = existing(k, pages or pages_of(k, work, kv_block))
+        page_size = k.refs.x.key.shape[1]
         rows = block_kv // len(pages)
         starts = (lax.rem(key0 + i * rows, page_size) for i in range(len(pages)))
         return cls(
