@@ -132,11 +132,13 @@ def paged_attention(
       query: ``[B, T, N, H]``, the newest tokens of each sequence, which the cache holds already.
       key_pages: ``[P, page_size, K, H]``, such as ``PagedKVCache.key_pages``; pages of 16, 32, 64,
         128 or 256 tokens. In the query's dtype; or of 8 bits, float8_e4m3fn or int8, which stand
-        for their products with scales, rounded to the query's dtype.
+        for their products with scales. Backends round those to the query's dtype, or round the
+        query to float16, its largest number at the most.
       value_pages: ``[P, page_size, K, Hv]``.
       page_table: int32 ``[B, M]``; entries that hold no token of the sequence may be anything.
       lengths: int32 ``[B]``, tokens held, the new ones included, in ``[0, M * page_size]``.
-      key_scale: float32 ``[P, K]``, of pages of 8 bits: ``PagedKVCache.key_scale``.
+      key_scale: float32 ``[P, K]``, of pages of 8 bits: ``PagedKVCache.key_scale``. At least
+        2^-100, as those that the cache finds; of pages without tokens anything.
       value_scale: likewise.
       scale: as in ``decode_attention``.
       local_window_size: likewise.

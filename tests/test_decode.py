@@ -2,7 +2,9 @@
 
 import dataclasses
 import doctest
+import importlib
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,8 @@ from tests import oracle
 from tests.test_conformance import INTERPRETS, ON_GPU, marks, running
 
 BACKENDS = ("hopper", "triton", "xla")
+# The package has a function of this name.
+hopper_decode: Any = importlib.import_module("pallas_kernels.hopper.decode")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +43,8 @@ class Call:
     page_size: int | None = None
     dtype: str = "bfloat16"
     held: str | None = None  # dtype of pages of 8 bits
+    sizes: int = 0  # values of pages differ by up to so many powers of two
+    as_if_long: bool = False  # `hopper` takes tiles as large as where there are many keys
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     only_gpu: bool = False
 
@@ -54,11 +60,11 @@ CALLS = [
     Call("empty_sequence", (0, 300)),
     Call("several_tokens", (500, 140), T=5),
     Call("longer_than_held", (3, 400), T=7),
-    Call("many_rows", (200, 77), T=16, N=16, K=2, S=256),
+    Call("many_rows", (200, 77), T=16, N=16, K=2, S=256, as_if_long=True),
     Call("multi_query", (500, 31), N=8, K=1),
     Call("every_head_its_own", (257, 128), K=4),
     Call("value_dim", (500, 31), H=24, Hv=40),
-    Call("odd_capacity", (300, 17), S=301),
+    Call("odd_capacity", (300, 17), S=301, as_if_long=True),
     Call("float16", (500, 31), dtype="float16"),
     Call("window", (500, 90), T=2, options={"local_window_size": (100, 0)}),
     Call("window_ahead", (500, 90), T=3, options={"local_window_size": (64, 64)}),
@@ -68,8 +74,8 @@ CALLS = [
     Call("pages_32", (500, 33), T=2, page_size=32, H=24),
     Call("pages_64", (512, 64), page_size=64),
     Call("pages_128", (129, 400), page_size=128, N=8),
-    Call("pages_256", (257, 256, 0), page_size=256),
-    Call("pages_everything", (500, 300), T=2, page_size=16, options={
+    Call("pages_256", (257, 256, 0), page_size=256, as_if_long=True),
+    Call("pages_everything", (500, 300), T=2, page_size=16, as_if_long=True, options={
         "local_window_size": (150, 0), "logits_soft_cap": 3.0, "alibi_slopes": _SLOPES,
         "sinks": _SINKS, "scale": 0.3,
     }),
@@ -83,6 +89,8 @@ CALLS = [
     Call("fp8_pages", (500, 31, 0), H=64, page_size=16, held="float8_e4m3fn"),
     Call("fp8_pages_everything", (500, 300), T=2, H=128, Hv=64, page_size=64, held="float8_e4m3fn",
         options={"local_window_size": (150, 0), "alibi_slopes": _SLOPES, "sinks": _SINKS}),
+    Call("fp8_pages_of_all_sizes", (300, 90), S=320, H=64, page_size=32, held="float8_e4m3fn",
+        sizes=60, options={"sinks": _SINKS}),
     Call("int8_few_pages", (10, 100), S=128, H=64, page_size=16, held="int8"),
     Call("int8_pages", (500, 33), T=2, H=64, page_size=256, held="int8"),
     Call("int8_pages_of_any_width", (500, 90), H=24, page_size=32, held="int8"),
@@ -95,7 +103,7 @@ CALLS = [
 INTERPRETED = (
     "longer_than_held", "many_rows", "value_dim", "odd_capacity", "alibi_and_sinks", "pages_256",
     "pages_everything", "chunk_of_prefill_16", "empty_sequence", "counts", "counts_of_pages",
-    "fp8_pages", "fp8_pages_everything", "int8_pages", "int8_chunk",
+    "fp8_pages", "fp8_pages_everything", "fp8_pages_of_all_sizes", "int8_pages", "int8_chunk",
     "int8_few_pages",
 )  # fmt: skip
 # Too much alike to the others to be interpreted.
@@ -120,6 +128,9 @@ def _arrays(call: Call) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     shapes = (B, call.T, call.N, call.H), (B, call.S, call.K, call.H), (B, call.S, call.K, Hv)
     query, *cache = (rng.standard_normal(s).astype(jnp.dtype(call.dtype)) for s in shapes)
     beyond = np.arange(call.S) >= np.array(call.lengths)[:, None]
+    if call.sizes:
+        exponents = np.arange(call.S) // call.page_size * 17 % call.sizes - call.sizes // 2
+        cache[1] *= (2.0**exponents)[:, None, None].astype(cache[1].dtype)
     if call.held is not None:
         cache = [_rounded(call, x) for x in cache]
     for x in cache:
@@ -183,7 +194,8 @@ def _attend(call: Call, backend: Any) -> tuple[jax.Array, jax.Array]:
         return jaxflash.paged_attention(query, *cache[:3], lengths, **scales, **options)
 
     cache = (key, value) if call.page_size is None else _paged(call, key, value)
-    with running(backend):
+    few = 0 if call.as_if_long else hopper_decode._FEW_KEYS
+    with running(backend), mock.patch.object(hopper_decode, "_FEW_KEYS", few):
         return jax.block_until_ready(run(query, lengths, *cache))
 
 
@@ -368,4 +380,4 @@ def test_splits_fill_the_gpu() -> None:
     assert splits(132, 1024, 1) == 1
     assert splits(1, 64, 1) == 1
     assert 2 <= splits(64, 65536, 8) <= 16  # lengths may differ
-    assert splits(1, 131072, 1, local_window_size=(1000, 0)) <= 9  # of nine visits, or ten
+    assert splits(1, 131072, 1, local_window_size=(1000, 0)) <= 17  # of 16 visits, or 17

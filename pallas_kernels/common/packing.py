@@ -47,12 +47,17 @@ def unpack(problem: spec.Problem, x: jax.Array, columns: int) -> jax.Array:
 
 def merge(out: jax.Array, lse: jax.Array, sinks: Any) -> tuple[jax.Array, jax.Array]:
     """Of parts [B, K, splits, rows, Hv] the whole [B, K, rows, Hv], with sinks [K, rows]."""
+    # Written out, and all of one shape, it is one kernel of elementwise operations. XLA makes
+    # several of reductions, and two where a row's maximum is a smaller array.
+    lse = jnp.broadcast_to(lse[..., None], out.shape)
     parts = [(out[:, :, i].astype(lse.dtype), lse[:, :, i]) for i in range(lse.shape[2])]
-    # Written out, it is one kernel of elementwise operations; XLA makes several of reductions.
     m = functools.reduce(jnp.maximum, (x for _, x in parts))
-    total, acc = jnp.zeros_like(m), jnp.zeros_like(parts[0][0])
+    base = jnp.where(m == -jnp.inf, 0, m)
+    total, acc = jnp.zeros_like(m), jnp.zeros_like(m)
     for part_out, part_lse in parts:
-        weight = spec.softmax.probabilities(part_lse[..., None], m)
-        total += weight[..., 0]
+        weight = jnp.exp(part_lse - base)
+        total += weight
         acc += jnp.where(weight > 0, weight * part_out, 0)
-    return spec.softmax.finish(spec.softmax.State(m, total, acc), sinks)
+    if sinks is not None:
+        return spec.softmax.finish(spec.softmax.State(m[..., 0], total[..., 0], acc), sinks)
+    return acc / jnp.where(total == 0, 1, total), (m + jnp.log(total))[..., 0]

@@ -30,6 +30,7 @@ _STAGES = (6, 5, 4, 3, 2)
 # compromise.
 _COST_OF_PART, _COST_OF_MERGE, _LATE = 45_000, 40_000, 1 / 12
 _MAX_PARTS = 32
+_FEW_KEYS = 1024  # of a block (bench/LOG.md, decoding)
 # Of pages of 8 bits: what room there is is for tiles on their way.
 _NARROW = Config(consumers=1, block_kv=2 * ROWS, stages=2, q_stages=1)
 _NARROW_COLUMNS = (64, 128)
@@ -110,13 +111,19 @@ def decode(
 
 
 def decode_config(problem: spec.Problem) -> Config:
-    """Large tiles, for few visits, and as many stages as there is room for."""
-    wide = max(problem.H, problem.Hv)
-    if problem.operands.has_narrow_pages:
+    """Large tiles, for few visits, and as many stages as there is room for.
+
+    Where a block has few keys, small tiles: its first product starts earlier.
+    """
+    p = problem
+    if p.operands.has_narrow_pages:
         return _NARROW
+    keys = p.B * p.K * pl.cdiv(p.T * p.G, ROWS) * p.S
+    is_short = keys <= _FEW_KEYS * gpu.multiprocessors(p.device)
+    block_kv = ROWS if is_short or max(p.H, p.Hv) > 128 else 2 * ROWS
     for stages in _STAGES:
-        c = Config(consumers=1, block_kv=128 if wide <= 128 else ROWS, stages=stages, q_stages=1)
-        if c.staging(problem.H, problem.Hv) is not None:
+        c = Config(consumers=1, block_kv=block_kv, stages=stages, q_stages=1)
+        if c.staging(p.H, p.Hv) is not None:
             return c
     raise AssertionError("two stages of 64 keys always fit")
 
