@@ -138,7 +138,7 @@ def paged_attention(
       page_table: int32 ``[B, M]``; entries that hold no token of the sequence may be anything.
       lengths: int32 ``[B]``, tokens held, the new ones included, in ``[0, M * page_size]``.
       key_scale: float32 ``[P, K]``, of pages of 8 bits: ``PagedKVCache.key_scale``. At least
-        2^-100, as those that the cache finds; of pages without tokens anything.
+        2^-64, as those that the cache finds; of pages without tokens anything.
       value_scale: likewise.
       scale: as in ``decode_attention``.
       local_window_size: likewise.

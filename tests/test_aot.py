@@ -339,7 +339,16 @@ def test_ring_of_eight_gpus_computes_while_it_transfers() -> None:
         for c in loops
     ]
     # The forward's K and V, the backward's K, V, dK and dV: all of a step in one transfer.
-    assert orders == 2 * [["collective-permute-start", "custom-call", "collective-permute-done"]]
+    beside = ["collective-permute-start", "custom-call", "collective-permute-done"]
+    assert orders == 2 * [beside]
+    # The first steps, and the last: of the forward a kernel alone, of the backward the gradients'
+    # transfer beside it and one more.
+    (entry,) = (c for c in computations if c.startswith("ENTRY"))
+    found = re.findall(rf"= .*?\b({'|'.join(beside)}|while)\(", entry)
+    assert found[:4] == [*beside, "while"]
+    assert found[4:6] == ["custom-call", "custom-call"]
+    assert found[6] == "while"
+    assert found[7:10] == beside
 
 
 @needs_compiler
@@ -388,23 +397,28 @@ class _Decode(NamedTuple):
     page_size: int | None = None
     options: dict[str, Any] | None = None
     held: str | None = None  # dtype of pages of 8 bits
+    tokens: int = 16384  # of a sequence: where there are few, tiles are small
 
 
+_OF_DECODE = {
+    "logits_soft_cap": 20.0, "local_window_size": (8192, 0),
+    "sinks": np.zeros(32, np.float32), "alibi_slopes": np.ones(32, np.float32),
+}  # fmt: skip
 DECODES = {
     "contiguous": _Decode(),
     "narrow": _Decode(64, T=4),
     "wide": _Decode(256),
     "pages-16": _Decode(page_size=16),
     "pages-256": _Decode(page_size=256),
-    "options": _Decode(page_size=64, options={
-        "logits_soft_cap": 20.0, "local_window_size": (1024, 0),
-        "sinks": np.zeros(32, np.float32), "alibi_slopes": np.ones(32, np.float32),
-    }),
+    "options": _Decode(page_size=64, options=_OF_DECODE),
     "soft-cap": _Decode(options={"logits_soft_cap": 20.0}),
     "chunk": _Decode(T=512, page_size=64),
     "fp8": _Decode(page_size=64, held="float8_e4m3fn"),
-    "fp8-pages-16": _Decode(H=64, page_size=16, held="float8_e4m3fn", options=None),
-    "int8": _Decode(page_size=64, held="int8"),
+    "fp8-narrow": _Decode(H=64, page_size=64, held="float8_e4m3fn"),
+    "fp8-pages-16": _Decode(page_size=16, held="float8_e4m3fn", options=_OF_DECODE),
+    "int8": _Decode(page_size=256, held="int8"),
+    "int8-pages-16": _Decode(H=64, page_size=16, held="int8"),
+    "short": _Decode(tokens=1024),
 }  # fmt: skip
 
 
@@ -421,9 +435,9 @@ def test_hopper_decode_compiles_without_spills(name: str) -> None:
         return jaxflash.paged_attention(q, k, v, table, lengths, **scales, **options)
 
     query, lengths = _bf16(8, case.T, 32, case.H), jax.ShapeDtypeStruct((8,), jnp.int32)
-    cache, table, scale = _bf16(8, 8192, 8, case.H), None, None
+    cache, table, scale = _bf16(8, case.tokens, 8, case.H), None, None
     if case.page_size is not None:
-        table = jax.ShapeDtypeStruct((8, 32), jnp.int32)
+        table = jax.ShapeDtypeStruct((8, case.tokens // case.page_size), jnp.int32)
         pages = 700, case.page_size, 8, case.H
         cache = jax.ShapeDtypeStruct(pages, case.held or jnp.bfloat16)
         scale = case.held and jax.ShapeDtypeStruct((700, 8), jnp.float32)

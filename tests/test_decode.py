@@ -43,7 +43,7 @@ class Call:
     page_size: int | None = None
     dtype: str = "bfloat16"
     held: str | None = None  # dtype of pages of 8 bits
-    sizes: int = 0  # values of pages differ by up to so many powers of two
+    sizes: int = 0  # values of pages differ by up to so many powers of two; keys by a few
     as_if_long: bool = False  # `hopper` takes tiles as large as where there are many keys
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     only_gpu: bool = False
@@ -130,7 +130,8 @@ def _arrays(call: Call) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     beyond = np.arange(call.S) >= np.array(call.lengths)[:, None]
     if call.sizes:
         exponents = np.arange(call.S) // call.page_size * 17 % call.sizes - call.sizes // 2
-        cache[1] *= (2.0**exponents)[:, None, None].astype(cache[1].dtype)
+        for i, of_pages in enumerate((exponents % 5, exponents)):
+            cache[i] *= (2.0**of_pages)[:, None, None].astype(cache[i].dtype)
     if call.held is not None:
         cache = [_rounded(call, x) for x in cache]
     for x in cache:
@@ -152,7 +153,7 @@ def _in_8_bits(call: Call, x: np.ndarray) -> tuple[jax.Array, jax.Array]:
 
 
 def _paged(call: Call, key: np.ndarray, value: np.ndarray) -> tuple[Any, ...]:
-    """The same cache in pages in random order, with pages of NaN that no sequence holds.
+    """The same cache in pages in random order, with pages of NaN that no sequence holds or sees.
 
     Pages and table; of 8 bits also the scales of both.
     """
@@ -164,6 +165,9 @@ def _paged(call: Call, key: np.ndarray, value: np.ndarray) -> tuple[Any, ...]:
     # Pages that are not there are read as the first or the last, which are NaN.
     table = 1 + rng.permutation(P - 2)[: B * M].reshape(B, M)
     pages, of_pages = [], []
+    left, _ = call.options.get("local_window_size", (call.S, 0))
+    ends, lengths = (np.arange(M) + 1) * size, np.array(call.lengths)[:, None]
+    unseen = ends <= lengths - call.T - left  # before the window of each new token
     for x in (key, value):
         held, nothing = x.reshape(B, M, size, *x.shape[2:]), np.nan
         if call.held is not None:
@@ -171,10 +175,11 @@ def _paged(call: Call, key: np.ndarray, value: np.ndarray) -> tuple[Any, ...]:
             narrowed, found = _in_8_bits(call, x)
             held = np.where(beyond, np.asarray(nothing, narrowed.dtype), narrowed)
             scales = np.full((P, call.K), np.nan, np.float32)
-            scales[table] = found
+            scales[table] = np.where(unseen[..., None], np.nan, found)
             of_pages.append(scales)
         whole = np.full((P, *held.shape[2:]), nothing, held.dtype)
         whole[table] = held
+        whole[table[unseen]] = nothing
         pages.append(whole)
     used = np.arange(M) * size < np.array(call.lengths)[:, None]
     table = np.where(used, table, rng.choice([-1, P, 2**31 - 1], table.shape))
@@ -218,6 +223,28 @@ def test_out_and_lse(backend: str, call: Call) -> None:
         found = (out[b : b + 1, :count], lse[b : b + 1, :count])
         for name, *arrays in zip(("out", "lse"), found, attained, truth, strict=True):
             oracle.check_array(name, *map(np.asarray, arrays), query.dtype)
+
+
+@pytest.mark.skipif(not (ON_GPU or INTERPRETS), reason="kernels are not interpreted with this JAX")
+@pytest.mark.parametrize("backend", [pytest.param("hopper", marks=marks("hopper"))])
+def test_queries_beyond_float16_are_its_largest_number(backend: str) -> None:
+    """Pages of 8 bits are multiplied in float16."""
+    pages = jnp.asarray(np.random.default_rng(0).integers(-9, 9, (3, 32, 1, 64)), jnp.int8)
+    scale, table = jnp.full((3, 1), 2.0**-20), jnp.array([[2, 0]], jnp.int32)
+
+    def attend(size: float) -> jax.Array:
+        query = jnp.ones((1, 1, 2, 64), jnp.bfloat16).at[..., 3].set(size)
+        held = query, pages, pages, table, jnp.array([50], jnp.int32)
+        with running(backend):
+            return jaxflash.paged_attention(
+                *held, key_scale=scale, value_scale=scale, implementation="hopper"
+            )
+
+    for sign in (-1, 1):
+        beyond, within = attend(sign * 65536.0), attend(sign * 65280.0)
+        assert np.all(np.isfinite(beyond))
+        np.testing.assert_array_equal(beyond, attend(sign * 1e9))
+        assert np.linalg.norm(beyond - within) < 0.1 * np.linalg.norm(within)
 
 
 def test_examples_in_docstrings_run() -> None:

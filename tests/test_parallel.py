@@ -153,7 +153,7 @@ def test_keys_travel_while_a_step_computes() -> None:
     mesh = Mesh(np.array(jax.devices()[:8]), ("s",))
     divided = jax.shard_map(attend, mesh=mesh, in_specs=P(None, "s"), out_specs=P(None, "s"))
     text = jax.jit(divided).lower(q, k, v).as_text()
-    # Keys and values, in a loop over all steps but the last; nothing is gathered.
+    # Keys and values, beside the first step and in a loop; nothing is gathered.
     assert text.count("collective_permute") == 4
     assert "all_gather" not in text
 

@@ -64,7 +64,8 @@ def ring_attention(
 
     On GPUs of one host compile with `RING_COMPILER_OPTIONS`, as
     ``jax.jit(..., compiler_options=jaxflash.RING_COMPILER_OPTIONS)``: what travels in a step goes
-    together, and before the step's kernels.
+    together, and before the step's kernels. They hold for every permutation of the program. Where
+    devices do not see each other's memory, leave ``xla_gpu_collective_permute_mode`` out.
 
     Args:
       query: ``[*B, T, N, H]``.
@@ -255,9 +256,10 @@ class _Ring:
         following, result = self.onward(here), first(here, jnp.int32(0))
         if last == 0:
             return result
-        steps = jnp.arange(1, last, dtype=jnp.int32)
-        (result, travelling), _ = lax.scan(one, (result, following), steps)
-        return add(result, travelling, jnp.int32(last))
+        if last > 1:
+            steps = jnp.arange(1, last, dtype=jnp.int32)
+            (result, following), _ = lax.scan(one, (result, following), steps)
+        return add(result, following, jnp.int32(last))
 
     def onward(self, tree: Any) -> Any:
         """To the next device."""

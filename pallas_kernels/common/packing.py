@@ -52,12 +52,13 @@ def merge(out: jax.Array, lse: jax.Array, sinks: Any) -> tuple[jax.Array, jax.Ar
     lse = jnp.broadcast_to(lse[..., None], out.shape)
     parts = [(out[:, :, i].astype(lse.dtype), lse[:, :, i]) for i in range(lse.shape[2])]
     m = functools.reduce(jnp.maximum, (x for _, x in parts))
-    base = jnp.where(m == -jnp.inf, 0, m)
-    total, acc = jnp.zeros_like(m), jnp.zeros_like(m)
+    highest = m if sinks is None else jnp.maximum(m, sinks[..., None])
+    base = jnp.where(highest == -jnp.inf, 0, highest)
+    total = jnp.zeros_like(m) if sinks is None else jnp.exp(sinks[..., None] - base)
+    acc = jnp.zeros_like(m)
     for part_out, part_lse in parts:
         weight = jnp.exp(part_lse - base)
         total += weight
         acc += jnp.where(weight > 0, weight * part_out, 0)
-    if sinks is not None:
-        return spec.softmax.finish(spec.softmax.State(m[..., 0], total[..., 0], acc), sinks)
-    return acc / jnp.where(total == 0, 1, total), (m + jnp.log(total))[..., 0]
+    lse = jnp.where(m == -jnp.inf, m, base + jnp.log(total))
+    return acc / jnp.where(total == 0, 1, total), lse[..., 0]

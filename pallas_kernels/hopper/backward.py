@@ -41,7 +41,7 @@ from pallas_kernels.hopper.backward_kernel import (
 )
 from pallas_kernels.hopper.backward_producer import produce
 from pallas_kernels.hopper.backward_visit import consume
-from pallas_kernels.hopper.config import ROWS
+from pallas_kernels.hopper.config import REGISTERS, ROWS
 from pallas_kernels.hopper.kernel import LOG2_E, divide
 
 _TINY = 1e-30  # what is smaller counts as zero
@@ -99,8 +99,8 @@ def backward(
         inputs = jax.tree.unflatten(tree, refs[: len(leaves)])
         k = kernel_of(forms.refs(p, c, inputs, *refs[len(leaves) :]))
         order = BY_COLUMNS if c.by_columns else BY_KEYS
-        cleans = k.hides_keys or empties
-        divide(CONSUMERS, cleans, lambda: consume(k, order), lambda: produce(k))
+        registers = REGISTERS[CONSUMERS][k.hides_keys or empties]
+        divide(CONSUMERS, registers, lambda: consume(k, order), lambda: produce(k))
 
     launch = mosaic.kernel(
         backward_kernel,

@@ -15,9 +15,11 @@ REGISTERS = {
     3: ((160, 32), (152, 56)),
     4: ((112, 32), (104, 64)),
 }
+# The same of one consumer, where two producers widen pages of 8 bits.
+REGISTERS_TO_WIDEN = (232, 136)
 _SMEM_BYTES = 227 * 1024
 _SMEM_REST = 2304  # numbers and barriers; each buffer starts at a multiple of 1024
-_SMEM_SCALES = 2048  # of elements of 8 bits
+SMEM_SCALES = 2048  # of elements or pages of 8 bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Config:
     def spare_bytes(self, H: int, Hv: int, staged: int, itemsize: int) -> int:
         """How much of shared memory is left; less than 0 if there is not enough."""
         needed = self.smem_bytes(H, Hv, staged, itemsize) + _SMEM_REST
-        return _SMEM_BYTES - needed - (_SMEM_SCALES if itemsize == 1 else 0)
+        return _SMEM_BYTES - needed - (SMEM_SCALES if itemsize == 1 else 0)
 
     def staging(self, H: int, Hv: int, itemsize: int = 2) -> "Staging | None":
         """As much of a row of O as shared memory has room for; None if it has none."""

@@ -118,8 +118,7 @@ def decode_config(problem: spec.Problem) -> Config:
     p = problem
     if p.operands.has_narrow_pages:
         return _NARROW
-    keys = p.B * p.K * pl.cdiv(p.T * p.G, ROWS) * p.S
-    is_short = keys <= _FEW_KEYS * gpu.multiprocessors(p.device)
+    is_short = _tiles(p) * _keys(p) <= _FEW_KEYS * gpu.multiprocessors(p.device)
     block_kv = ROWS if is_short or max(p.H, p.Hv) > 128 else 2 * ROWS
     for stages in _STAGES:
         c = Config(consumers=1, block_kv=block_kv, stages=stages, q_stages=1)
@@ -128,14 +127,25 @@ def decode_config(problem: spec.Problem) -> Config:
     raise AssertionError("two stages of 64 keys always fit")
 
 
+def _tiles(problem: spec.Problem) -> int:
+    """Of queries."""
+    p = problem
+    return p.B * p.K * pl.cdiv(p.T * p.G, ROWS)
+
+
+def _keys(problem: spec.Problem) -> int:
+    """How many a tile of queries may see."""
+    p = problem
+    return p.S if p.band.lo is None else min(p.S, p.T - p.band.lo)
+
+
 def choose_splits(problem: spec.Problem, c: Config) -> int:
     """The number of parts with which the last block is done first, lengths being as they may be."""
-    p = problem
-    keys = p.S
-    if p.band.lo is not None:
-        keys = min(keys, p.T - p.band.lo + c.block_kv)
+    p, tiles = problem, _tiles(problem)
+    keys = _keys(p)
+    if keys < p.S:  # they may begin within a tile
+        keys += c.block_kv
     visits = pl.cdiv(keys, c.block_kv)
-    tiles = p.B * p.K * pl.cdiv(p.T * p.G, c.block_q)
     blocks = gpu.multiprocessors(p.device)
     of_visit = c.block_kv * (p.H + p.Hv) * p.operands.key.dtype.itemsize
     stored = 2 * min(p.T * p.G, c.block_q) * p.Hv * p.dtype.itemsize  # and read again

@@ -15,7 +15,13 @@ Shared memory of a block:
     out_smem  [consumers, 64, staging.columns]  on its way out
     tile_smem [q_stages] int32                  which tile of queries comes next
 
-Elements of 8 bits have scales (section 3.3), which the producer passes on with each tile.
+Elements of 8 bits have scales (section 3.3), which the producer passes on with each tile:
+
+    q_scale_smem  [q_stages, consumers]
+    kv_scale_smem [stages, scaled_parts, 2]     of keys; log2 of those of values
+
+So have pages of 8 bits, which two producers widen: see `widening`.
+
 Each stage has a barrier that says it is full, and one that says every consumer is done with it.
 The producer's side is in `producer`, a visit's softmax in `softmax`.
 """
@@ -34,7 +40,7 @@ from pallas_kernels.common.block_map import BlockMap, block_map, needs_map
 from pallas_kernels.common.schedule import Schedule, Work, largest_divisor
 from pallas_kernels.hopper import gpu
 from pallas_kernels.hopper import tile as tiles
-from pallas_kernels.hopper.config import ROWS, Config
+from pallas_kernels.hopper.config import REGISTERS, REGISTERS_TO_WIDEN, ROWS, Config
 from pallas_kernels.hopper.kernel import Forms, Forward, Scales, divide, next_tile
 from pallas_kernels.hopper.producer import producers
 from pallas_kernels.hopper.softmax import Raised, Stats, Visit
@@ -339,6 +345,8 @@ def launch(
     scales, x = Scales.of(x), forms.arrays(x)
     if scales is not None:
         x = x._replace(query_scale=None, key_scale=None, value_scale=None)
+    widens = problem.operands.has_narrow_pages
+    assert c.consumers == 1 or not widens, "there are registers for one consumer"
     blocks = min(blocks or gpu.multiprocessors(problem.device), schedule.tiles)
     leaves, tree = jax.tree.flatten((x, found, scales))
     scratch = forms.scratch(c, p)
@@ -348,7 +356,8 @@ def launch(
         out, lse, *rest = refs[len(leaves) :]
         named = forms.refs(given, out, lse, dict(zip(scratch, rest, strict=True)))
         k = kind(p, c, schedule, blocks, forms, named)
-        divide(c.consumers, k.hides_keys, lambda: consume(k), *producers(k))
+        registers = REGISTERS_TO_WIDEN if k.widens else REGISTERS[c.consumers][k.hides_keys]
+        divide(c.consumers, registers, lambda: consume(k), *producers(k))
 
     call = mosaic.kernel(
         forward_kernel,
@@ -358,7 +367,7 @@ def launch(
         ],
         scratch_types=list(scratch.values()),
         grid={"block": blocks},
-        threads=("warpgroup", c.consumers + 1 + problem.operands.has_narrow_pages),
+        threads=("warpgroup", c.consumers + 1 + widens),
         # No reduction crosses warps: a row is within one. And nothing needs the barriers of the
         # warpgroup that Mosaic would put around copies and stores: what threads write to shared
         # memory for others to read, `commit_smem` ends with one; a buffer is written again only

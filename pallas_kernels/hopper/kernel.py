@@ -15,7 +15,7 @@ from pallas_kernels.common import visits
 from pallas_kernels.common.block_map import BlockMap
 from pallas_kernels.common.schedule import Schedule, Work
 from pallas_kernels.common.walk import Walk
-from pallas_kernels.hopper.config import REGISTERS, ROWS, Config, Staging, modifies
+from pallas_kernels.hopper.config import ROWS, SMEM_SCALES, Config, Staging, modifies
 
 LOG2_E = math.log2(math.e)
 
@@ -110,7 +110,7 @@ class Forms(NamedTuple):
         if p.operands.has_narrow_pages:  # with room for more tiles on their way
             *_, staging = Staging.of(p.Hv)
         assert staging is not None, f"{c} needs too much shared memory for {p.H=}, {p.Hv=}"
-        spare = c.spare_bytes(p.H, p.Hv, staging.form.columns, itemsize)
+        spare = c.spare_bytes(p.H, p.Hv, staging.form.columns, itemsize) - SMEM_SCALES
         narrow = [mosaic.Form.of(c.block_kv, n, itemsize=1) for n in (p.H, p.Hv)]
         table = p.operands.page_table
         return cls(
@@ -121,14 +121,15 @@ class Forms(NamedTuple):
             parts=1 if table is None else max(1, c.block_kv // p.operands.key.shape[1]),
             k_narrow=narrow[0],
             v_narrow=narrow[1],
-            narrow_stages=min(_MOST_NARROW, spare // (c.block_kv * (p.H + p.Hv))),
+            narrow_stages=max(1, min(_MOST_NARROW, spare // (c.block_kv * (p.H + p.Hv)))),
         )
 
     def arrays(self, x: spec.Operands) -> spec.Operands:
         """Operands whose queries, keys and values are as copies take them."""
         if x.has_narrow_pages:
             most = float(jnp.finfo(jnp.float16).max)
-            x = x._replace(query=jnp.clip(x.query, -most, most).astype(jnp.float16))
+            query = jnp.clip(x.query.astype(jnp.float32), -most, most)
+            x = x._replace(query=query.astype(jnp.float16))
         x = x._replace(query=self.q.array(x.query))
         if x.has_narrow_pages:
             return x._replace(key=self.k_narrow.array(x.key), value=self.v_narrow.array(x.value))
@@ -247,13 +248,13 @@ class Kernel:
 
 
 def divide(
-    consumers: int, cleans: bool, consume: Callable[[], None], *produce: Callable[[], None]
+    consumers: int,
+    registers: tuple[int, int],
+    consume: Callable[[], None],
+    *produce: Callable[[], None],
 ) -> None:
-    """Runs the consumers and the producers, each in its warpgroups, with registers for its task.
-
-    ``cleans`` tells whether producers have rows to zero.
-    """
-    of_consumer, of_producer = REGISTERS[consumers][cleans]
+    """Runs consumers and producers, each in its warpgroups, with ``registers`` for its task."""
+    of_consumer, of_producer = registers
 
     @pl.when(lax.axis_index("warpgroup") < consumers)
     def _() -> None:

@@ -14,18 +14,17 @@ from pallas_kernels.hopper.config import ROWS
 from pallas_kernels.hopper.hidden import Hidden, zero_hidden
 from pallas_kernels.hopper.kernel import Forward, Kernel, drain, scale_at
 from pallas_kernels.hopper.source import Source
-from pallas_kernels.hopper.widening import widen_keys, widen_values
+from pallas_kernels.hopper.widening import Lane, widen_alone, widen_each
 
 
 def producers(k: Forward) -> list[Callable[[], None]]:
     """Their tasks, each for a warpgroup: one has all, but for values that are widened."""
-    narrow = k.problem.operands.has_narrow_pages
-    return [lambda: produce(k), *([lambda: widen_values(k)] if narrow else [])]
+    return [lambda: produce(k), *([lambda: widen_alone(k, Lane.of_values(k))] if k.widens else [])]
 
 
 def produce(k: Forward) -> None:
     """Copies Q, K and V of each tile of this block, or only Q and K."""
-    c, r, narrow = k.config, k.refs, k.problem.operands.has_narrow_pages
+    c, r = k.config, k.refs
 
     def load(round_: Any, step: Any, tile: Any) -> Any:
         work = k.schedule.work(tile)
@@ -33,13 +32,15 @@ def produce(k: Forward) -> None:
         for i in range(c.consumers):
             rows = pl.ds(work.q_block * c.block_q + i * ROWS, ROWS)
             mosaic.copy_in(k.query(work, rows), r.q_smem.at(stage, i), r.q_full.at[stage])
-        return (widen_keys if narrow else produce_keys)(k, work, step)
+        if k.widens:
+            return widen_each(k, Lane.of_keys(k), work, step)
+        return produce_keys(k, work, step)
 
     rounds, steps, tile = each_tile(k, r.ticket_smem, load)
     stage = announce(k, rounds, tile, None)  # that there is none left
     arrive(r.q_full.at[stage], c.consumers * k.forms.q.copies)
     drain(rounds + 1, c.q_stages, r.q_free)
-    drain(steps, c.stages, r.k_free, *([] if narrow else [r.v_free]))
+    drain(steps, c.stages, r.k_free, *([] if k.widens else [r.v_free]))
 
 
 def each_tile(k: Kernel, ticket: mosaic.Ref, load: Callable[[Any, Any, Any], Any]) -> Any:

@@ -1,6 +1,11 @@
 """The producers where keys and values are in pages of 8 bits: they copy them, and widen them.
 
-What TMA brings has a ring of its own in shared memory. A producer's warpgroup reads each tile and
+What TMA brings has rings of its own in shared memory,
+
+    k_narrow_smem [narrow_stages, block_kv, H]
+    v_narrow_smem [narrow_stages, block_kv, Hv]
+
+A producer's warpgroup reads each tile and
 writes it in float16 where the consumers look for it. What limits decoding is how many instructions
 that takes for each element: it is not even multiplied with its scale. Scales are passed on beside
 the keys, that of keys for their products with queries, that of values for the probabilities. Keys
@@ -11,7 +16,6 @@ scales, which no other block has read, as many as there are registers for.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.experimental.pallas as pl
@@ -31,7 +35,7 @@ _SCALES_AHEAD = 6  # of parts of tiles
 
 
 class Lane(NamedTuple):
-    """Keys or values: where they are, and on which barriers those wait who pass them on."""
+    """Keys or values: where they are, and the barriers of those who widen them."""
 
     gmem: Any
     narrow: mosaic.Matrix  # [narrow_stages, block_kv, columns]
@@ -39,7 +43,21 @@ class Lane(NamedTuple):
     wide: mosaic.Matrix  # [stages, block_kv, columns]
     full: mosaic.Ref
     free: mosaic.Ref
-    passes_scales: bool
+    is_value: bool
+
+    @classmethod
+    def of_keys(cls, k: Forward) -> "Lane":
+        r = k.refs
+        return cls(
+            r.x.key, r.k_narrow_smem, r.k_narrow_full, r.k_smem, r.k_full, r.k_free, False
+        )  # fmt: skip
+
+    @classmethod
+    def of_values(cls, k: Forward) -> "Lane":
+        r = k.refs
+        return cls(
+            r.x.value, r.v_narrow_smem, r.v_narrow_full, r.v_smem, r.v_full, r.v_free, True
+        )  # fmt: skip
 
 
 class Tiles(NamedTuple):
@@ -56,14 +74,14 @@ class Tiles(NamedTuple):
         """How many visits before it is widened a tile is copied."""
         return self.k.forms.narrow_stages - 1
 
+    @property
+    def scales_ahead(self) -> int:
+        """How many visits before they are passed on scales are loaded."""
+        return max(1, _SCALES_AHEAD // self.k.forms.parts)
+
     def pages(self, j: Any) -> tuple[Any, ...]:
         """`pages_of` a visit's keys; of some, if there is no such visit."""
         return pages_of(self.k, self.work, self.walk.tile(j))
-
-    @property
-    def scales_ahead(self) -> int:
-        """How many visits before they are passed on scales are loaded; 0 if they are not."""
-        return max(1, _SCALES_AHEAD // self.k.forms.parts) if self.lane.passes_scales else 0
 
     def scales(self, pages: tuple[Any, ...]) -> tuple[tuple[Any, Any], ...]:
         """Of the keys and the values of the parts of a tile."""
@@ -83,26 +101,9 @@ class Tiles(NamedTuple):
             source.copy(x.gmem, x.narrow.at(slot), x.arrived.at[slot])
 
 
-def widen_keys(k: Forward, work: Work, step: Any) -> Any:
-    """Brings K of each visit of a tile of queries; returns how many there are."""
-    x, r = k.refs.x, k.refs
-    lane = Lane(x.key, r.k_narrow_smem, r.k_narrow_full, r.k_smem, r.k_full, r.k_free, True)
-    return widen_each(k, lane, work, step, functools.partial(pass_scales, k))
-
-
-def widen_values(k: Forward) -> None:
-    """Brings V of each tile of this block, as the other producer takes them."""
-    c, r, x, zero = k.config, k.refs, k.refs.x, jnp.int32(0)
-    lane = Lane(x.value, r.v_narrow_smem, r.v_narrow_full, r.v_smem, r.v_full, r.v_free, False)
-
-    def clean(hidden: Hidden, stage: Any) -> None:
-        v_smem = lane.wide.at(stage)
-
-        @pl.when(hidden.some)
-        def _() -> None:
-            mosaic.commit_smem()  # it is read again
-            for row in range(0, c.block_kv, ROWS):
-                zero_hidden(v_smem, row, functools.partial(hidden.others, row))
+def widen_alone(k: Forward, lane: Lane) -> None:
+    """Brings a lane's part of each tile of this block, as the other producer takes them."""
+    c, r, zero = k.config, k.refs, jnp.int32(0)
 
     def taken(round_: Any) -> Any:
         tile, _ = next_tile(k, round_)
@@ -111,46 +112,56 @@ def widen_values(k: Forward) -> None:
 
     def one(carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         round_, step, tile = carry
-        count = widen_each(k, lane, k.schedule.work(tile), step, clean)
+        count = widen_each(k, lane, k.schedule.work(tile), step)
         return round_ + 1, step + count, taken(round_ + 1)
 
     state = (zero, zero, taken(zero))
     _, steps, _ = lax.while_loop(lambda carry: carry[2] < k.schedule.tiles, one, state)
-    drain(steps, c.stages, r.v_free)
+    drain(steps, c.stages, lane.free)
 
 
-def widen_each(k: Forward, lane: Lane, work: Work, step: Any, finish: Callable[..., None]) -> Any:
-    """Brings a lane's tiles for a tile of queries; returns their number.
-
-    ``finish`` is called for each with its hidden keys, its stage, and its scales where they are
-    passed on.
-    """
+def widen_each(k: Forward, lane: Lane, work: Work, step: Any) -> Any:
+    """Brings what a lane has for a tile of queries, with keys their scales; returns the visits."""
     c, tiles = k.config, Tiles(k, lane, work, k.walk(work), step)
-    first = [tiles.pages(j) for j in range(tiles.ahead + 1)]
-    for j in range(tiles.ahead):
+    ahead, of_scales = tiles.ahead, tiles.ahead if lane.is_value else tiles.scales_ahead
+    near, far = sorted((ahead, of_scales))
+    first = [tiles.pages(j) for j in range(far + 1)]
+    for j in range(ahead):
         tiles.start(j, first[j])
 
     def visit(j: Any, carry: Any) -> Any:
-        to_copy, following, scales = carry
-        tiles.start(j + tiles.ahead, to_copy)
-        to_copy = tiles.pages(j + tiles.ahead + 1)
-        now, upcoming = scales[:1], scales[1:]
-        if scales:
-            upcoming = *upcoming, tiles.scales(following)
-            following = tiles.pages(j + tiles.scales_ahead + 1)
+        pages, scales = carry  # of visits from j + near to j + far; from j on
+        tiles.start(j + ahead, pages[ahead - near])
+        now = scales[:1]
+        if not lane.is_value:
+            scales = *scales[1:], tiles.scales(pages[of_scales - near])
+        pages = *pages[1:], tiles.pages(j + far + 1)
+        hidden = Hidden.of(k, work, tiles.walk.tile(j), None)
         stage, slot = lax.rem(step + j, c.stages), tiles.slot(j)
         mosaic.barrier_wait(lane.arrived.at[slot])
         pl.when(step + j >= c.stages)(lambda: mosaic.barrier_wait(lane.free.at[stage]))
         widen(k, lane.narrow.at(slot), lane.wide.at(stage))
-        finish(Hidden.of(k, work, tiles.walk.tile(j), None), stage, *now)
+        if lane.is_value:
+            clean(k, hidden, lane.wide.at(stage))
+        else:
+            pass_scales(k, hidden, stage, *now)
         mosaic.commit_smem()  # after it, all threads have read the slot, too
         mosaic.barrier_arrive(lane.full.at[stage])
-        return to_copy, following, upcoming
+        return pages, scales
 
-    of_scales = [tiles.pages(j) for j in range(tiles.scales_ahead + 1)]
-    scales = tuple(tiles.scales(pages) for pages in of_scales[:-1])
-    lax.fori_loop(0, tiles.walk.count, visit, (first[-1], of_scales[-1], scales))
+    scales = () if lane.is_value else tuple(map(tiles.scales, first[:of_scales]))
+    lax.fori_loop(0, tiles.walk.count, visit, (tuple(first[near:]), scales))
     return tiles.walk.count
+
+
+def clean(k: Forward, hidden: Hidden, v_smem: mosaic.Matrix) -> None:
+    """Zeroes the rows of values that nobody sees."""
+
+    @pl.when(hidden.some)
+    def _() -> None:
+        mosaic.commit_smem()  # it is read again
+        for row in range(0, k.config.block_kv, ROWS):
+            zero_hidden(v_smem, row, functools.partial(hidden.others, row))
 
 
 def widen(k: Forward, narrow: mosaic.Matrix, target: mosaic.Matrix) -> None:
