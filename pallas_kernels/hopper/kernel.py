@@ -180,7 +180,7 @@ class Forms(NamedTuple):
 
 
 def dtype_in_smem(p: spec.Problem) -> Any:
-    """Of Q, K and V as products take them. What has 8 bits has few that float16 has not."""
+    """Of Q, K and V as products take them; every number of 8 bits is one of float16."""
     return jnp.float16 if p.operands.has_narrow_pages else p.operands.query.dtype
 
 
