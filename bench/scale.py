@@ -88,11 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             for (length, name), count in itertools.product(compiled, counts):
                 pool.submit(_compiled, name, shape(length), direction, count)
     known = shape(options.alone)
+    rates = {x: flops(known, x) / _measure(_ALONE_NAME, known, x, 1).seconds for x in DIRECTIONS}
     for count in counts:
         lines, records = [], []
         for direction, (length, name) in itertools.product(DIRECTIONS, wanted):
-            alone = _measure(_ALONE_NAME, known, direction, 1)
-            rate = flops(known, direction) / alone.seconds
+            rate = rates[direction]
             row = {"direction": direction, "length": length, "devices": count}
             row |= {"method": name, "one_device_tflops": rate / 1e12, "error_at": options.alone}
             try:
@@ -155,7 +155,6 @@ def _sharding(count: int) -> NamedSharding:
     return NamedSharding(Mesh(np.array(jax.devices()[:count]), (_AXIS,)), _BY_TOKEN)
 
 
-@functools.cache
 def _measure(name: str, shape: Shape, direction: Direction, count: int) -> Measured:
     compiled = _compiled(name, shape, direction, count)
     arrays = random_inputs(shape, "forward", sharding=_sharding(count))

@@ -1,5 +1,6 @@
 """Keys that nobody sees: what their values are must not matter, be it NaN."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -48,6 +49,12 @@ class Hidden(NamedTuple):
             return cls(some, key0, start, stop, None)
         heads = visits.heads_of(seen, work.batch, work.head)
         return cls(some | by_data(), key0, start, stop, seen.at[*heads])
+
+    def zero(self, matrix: mosaic.Matrix, rows: int) -> None:
+        """Zeroes those of a tile's rows that belong to hidden keys."""
+        # Parts may overlap: what is zeroed twice is zero.
+        for row in (*range(0, rows - ROWS, ROWS), rows - ROWS):
+            zero_hidden(matrix, row, functools.partial(self.others, row))
 
     def others(self, row: int, shape: tuple[int, ...]) -> jax.Array:
         """Which elements of a part of V belong to keys that somebody sees."""

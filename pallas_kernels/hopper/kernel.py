@@ -106,9 +106,8 @@ class Forms(NamedTuple):
     @classmethod
     def of(cls, p: spec.Problem, c: Config) -> "Forms":
         itemsize = p.operands.query.dtype.itemsize
-        staging = c.staging(p.H, p.Hv, itemsize)
-        if p.operands.has_narrow_pages:  # with room for more tiles on their way
-            *_, staging = Staging.of(p.Hv)
+        least = Staging.of(p.Hv)[-1]  # leaves room for more tiles on their way
+        staging = least if p.operands.has_narrow_pages else c.staging(p.H, p.Hv, itemsize)
         assert staging is not None, f"{c} needs too much shared memory for {p.H=}, {p.Hv=}"
         spare = c.spare_bytes(p.H, p.Hv, staging.form.columns, itemsize) - SMEM_SCALES
         narrow = [mosaic.Form.of(c.block_kv, n, itemsize=1) for n in (p.H, p.Hv)]
@@ -126,15 +125,13 @@ class Forms(NamedTuple):
 
     def arrays(self, x: spec.Operands) -> spec.Operands:
         """Operands whose queries, keys and values are as copies take them."""
+        query, k, v = x.query, self.k, self.v
         if x.has_narrow_pages:
             most = float(jnp.finfo(jnp.float16).max)
-            query = jnp.clip(x.query.astype(jnp.float32), -most, most)
-            x = x._replace(query=query.astype(jnp.float16))
-        x = x._replace(query=self.q.array(x.query))
-        if x.has_narrow_pages:
-            return x._replace(key=self.k_narrow.array(x.key), value=self.v_narrow.array(x.value))
-        value = x.value if x.is_quantized else self.v.array(x.value)
-        return x._replace(key=self.k.array(x.key), value=value)
+            query = jnp.clip(query.astype(jnp.float32), -most, most).astype(jnp.float16)
+            k, v = self.k_narrow, self.v_narrow
+        value = x.value if x.is_quantized else v.array(x.value)
+        return x._replace(query=self.q.array(query), key=k.array(x.key), value=value)
 
     def scratch(self, c: Config, p: spec.Problem) -> dict[str, Any]:
         """Shared memory and barriers, by their names in `Refs`."""

@@ -11,7 +11,7 @@ from jax import lax
 from pallas_kernels import mosaic
 from pallas_kernels.common.schedule import Work
 from pallas_kernels.hopper.config import ROWS
-from pallas_kernels.hopper.hidden import Hidden, zero_hidden
+from pallas_kernels.hopper.hidden import Hidden
 from pallas_kernels.hopper.kernel import Forward, Kernel, drain, scale_at
 from pallas_kernels.hopper.source import Source
 from pallas_kernels.hopper.widening import Lane, widen_alone, widen_each
@@ -19,7 +19,7 @@ from pallas_kernels.hopper.widening import Lane, widen_alone, widen_each
 
 def producers(k: Forward) -> list[Callable[[], None]]:
     """Their tasks, each for a warpgroup: one has all, but for values that are widened."""
-    return [lambda: produce(k), *([lambda: widen_alone(k, Lane.of_values(k))] if k.widens else [])]
+    return [lambda: produce(k), *([lambda: widen_alone(k, Lane.of(k, True))] if k.widens else [])]
 
 
 def produce(k: Forward) -> None:
@@ -33,7 +33,7 @@ def produce(k: Forward) -> None:
             rows = pl.ds(work.q_block * c.block_q + i * ROWS, ROWS)
             mosaic.copy_in(k.query(work, rows), r.q_smem.at(stage, i), r.q_full.at[stage])
         if k.widens:
-            return widen_each(k, Lane.of_keys(k), work, step)
+            return widen_each(k, Lane.of(k, False), work, step)
         return produce_keys(k, work, step)
 
     rounds, steps, tile = each_tile(k, r.ticket_smem, load)
@@ -137,9 +137,7 @@ def produce_values(k: Forward, hidden: "Hidden | None", source: Source, stage: A
     def _() -> None:
         source.copy(r.x.value, v_smem, r.v_raw)
         mosaic.barrier_wait(r.v_raw)
-        # Parts may overlap: what is zeroed twice is zero.
-        for row in (*range(0, k.config.block_kv - ROWS, ROWS), k.config.block_kv - ROWS):
-            zero_hidden(v_smem, row, functools.partial(hidden.others, row))
+        hidden.zero(v_smem, k.config.block_kv)
         mosaic.commit_smem()
         arrive(r.v_full.at[stage], k.forms.v.copies_in(k.forms.parts))
 

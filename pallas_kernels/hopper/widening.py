@@ -5,17 +5,15 @@ What TMA brings has rings of its own in shared memory,
     k_narrow_smem [narrow_stages, block_kv, H]
     v_narrow_smem [narrow_stages, block_kv, Hv]
 
-A producer's warpgroup reads each tile and
-writes it in float16 where the consumers look for it. What limits decoding is how many instructions
-that takes for each element: it is not even multiplied with its scale. Scales are passed on beside
-the keys, that of keys for their products with queries, that of values for the probabilities. Keys
-and values have a warpgroup each.
+A producer's warpgroup reads each tile and writes it in float16 where the consumers look for it. How
+many instructions that takes for each element limits decoding: it is not even multiplied with its
+scale. Scales are passed on beside the keys, that of keys for their products with queries, that of
+values for the probabilities. Keys and values have a warpgroup each.
 
 Page numbers and scales are in global memory. Numbers are loaded a visit before they are needed;
 scales, which no other block has read, as many as there are registers for.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax.experimental.pallas as pl
@@ -26,7 +24,7 @@ from pallas_kernels import mosaic
 from pallas_kernels.common.schedule import Work
 from pallas_kernels.common.walk import Walk
 from pallas_kernels.hopper.config import ROWS
-from pallas_kernels.hopper.hidden import Hidden, zero_hidden
+from pallas_kernels.hopper.hidden import Hidden
 from pallas_kernels.hopper.kernel import Forward, drain, next_tile
 from pallas_kernels.hopper.source import Source, existing, pages_of
 from pallas_kernels.spec.narrow import LEAST
@@ -46,18 +44,11 @@ class Lane(NamedTuple):
     is_value: bool
 
     @classmethod
-    def of_keys(cls, k: Forward) -> "Lane":
+    def of(cls, k: Forward, is_value: bool) -> "Lane":
         r = k.refs
-        return cls(
-            r.x.key, r.k_narrow_smem, r.k_narrow_full, r.k_smem, r.k_full, r.k_free, False
-        )  # fmt: skip
-
-    @classmethod
-    def of_values(cls, k: Forward) -> "Lane":
-        r = k.refs
-        return cls(
-            r.x.value, r.v_narrow_smem, r.v_narrow_full, r.v_smem, r.v_full, r.v_free, True
-        )  # fmt: skip
+        of_key = r.x.key, r.k_narrow_smem, r.k_narrow_full, r.k_smem, r.k_full, r.k_free
+        of_value = r.x.value, r.v_narrow_smem, r.v_narrow_full, r.v_smem, r.v_full, r.v_free
+        return cls(*(of_value if is_value else of_key), is_value)
 
 
 class Tiles(NamedTuple):
@@ -142,7 +133,7 @@ def widen_each(k: Forward, lane: Lane, work: Work, step: Any) -> Any:
         pl.when(step + j >= c.stages)(lambda: mosaic.barrier_wait(lane.free.at[stage]))
         widen(k, lane.narrow.at(slot), lane.wide.at(stage))
         if lane.is_value:
-            clean(k, hidden, lane.wide.at(stage))
+            clean(hidden, lane.wide.at(stage), c.block_kv)
         else:
             pass_scales(k, hidden, stage, *now)
         mosaic.commit_smem()  # after it, all threads have read the slot, too
@@ -154,14 +145,13 @@ def widen_each(k: Forward, lane: Lane, work: Work, step: Any) -> Any:
     return tiles.walk.count
 
 
-def clean(k: Forward, hidden: Hidden, v_smem: mosaic.Matrix) -> None:
+def clean(hidden: Hidden, v_smem: mosaic.Matrix, rows: int) -> None:
     """Zeroes the rows of values that nobody sees."""
 
     @pl.when(hidden.some)
     def _() -> None:
         mosaic.commit_smem()  # it is read again
-        for row in range(0, k.config.block_kv, ROWS):
-            zero_hidden(v_smem, row, functools.partial(hidden.others, row))
+        hidden.zero(v_smem, rows)
 
 
 def widen(k: Forward, narrow: mosaic.Matrix, target: mosaic.Matrix) -> None:
