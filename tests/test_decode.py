@@ -55,34 +55,38 @@ class Call:
 
 _SLOPES, _SINKS = np.linspace(0.1, 0.4, 4, dtype=np.float32), np.array([0.5, -1, 2, 0], np.float32)
 CALLS = [
-    Call("one_token", (500, 31, 1)),
+    Call("one_token", (500, 31, 1), H=64),
     Call("full_cache", (512, 512)),
-    Call("empty_sequence", (0, 300)),
-    Call("several_tokens", (500, 140), T=5),
+    Call("empty_sequence", (0, 300), H=64),
+    Call("several_tokens", (500, 140), H=64, T=5),
     Call("longer_than_held", (3, 400), T=7),
     Call("many_rows", (200, 77), T=16, N=16, K=2, S=256, as_if_long=True),
-    Call("multi_query", (500, 31), N=8, K=1),
+    Call("multi_query", (500, 31), N=8, K=1, H=128),
+    Call("key_dim", (300, 31), H=80, Hv=64),
+    Call("value_dim_192", (300, 31), H=128, Hv=192),
     Call("every_head_its_own", (257, 128), K=4),
     Call("value_dim", (500, 31), H=24, Hv=40),
     Call("odd_capacity", (300, 17), S=301, as_if_long=True),
-    Call("float16", (500, 31), dtype="float16"),
-    Call("window", (500, 90), T=2, options={"local_window_size": (100, 0)}),
+    Call("float16", (500, 31), H=64, dtype="float16"),
+    Call("window", (500, 90), H=64, T=2, options={"local_window_size": (100, 0)}),
     Call("window_ahead", (500, 90), T=3, options={"local_window_size": (64, 64)}),
-    Call("soft_cap", (500, 90), options={"logits_soft_cap": 2.0}),
-    Call("alibi_and_sinks", (500, 2), T=3, options={"alibi_slopes": _SLOPES, "sinks": _SINKS}),
-    Call("pages_16", (500, 31, 1), page_size=16),
+    Call("soft_cap", (500, 90), H=64, options={"logits_soft_cap": 2.0}),
+    Call("alibi_and_sinks", (500, 2), H=64, T=3, options={
+        "alibi_slopes": _SLOPES, "sinks": _SINKS,
+    }),
+    Call("pages_16", (500, 31, 1), H=128, page_size=16),
     Call("pages_32", (500, 33), T=2, page_size=32, H=24),
-    Call("pages_64", (512, 64), page_size=64),
+    Call("pages_64", (512, 64), H=64, page_size=64),
     Call("pages_128", (129, 400), page_size=128, N=8),
-    Call("pages_256", (257, 256, 0), page_size=256, as_if_long=True),
-    Call("pages_everything", (500, 300), T=2, page_size=16, as_if_long=True, options={
+    Call("pages_256", (257, 256, 0), H=64, page_size=256, as_if_long=True),
+    Call("pages_everything", (500, 300), H=64, T=2, page_size=16, as_if_long=True, options={
         "local_window_size": (150, 0), "logits_soft_cap": 3.0, "alibi_slopes": _SLOPES,
         "sinks": _SINKS, "scale": 0.3,
     }),
     Call("chunk_of_prefill", (400, 130), T=70, page_size=64),
     Call("chunk_of_prefill_16", (512, 90), T=90, page_size=16, options={"sinks": _SINKS}),
     Call("contiguous_chunk", (400, 130), T=70),
-    Call("counts", (400, 90, 7), T=5, options={"counts": np.array([5, 2, 0], np.int32)}),
+    Call("counts", (400, 90, 7), H=64, T=5, options={"counts": np.array([5, 2, 0], np.int32)}),
     Call("counts_of_pages", (400, 90, 7), T=70, page_size=16, options={
         "counts": np.array([70, 33, 7], np.int32),
     }),
@@ -91,6 +95,7 @@ CALLS = [
         options={"local_window_size": (150, 0), "alibi_slopes": _SLOPES, "sinks": _SINKS}),
     Call("fp8_pages_of_all_sizes", (300, 90), S=320, H=64, page_size=32, held="float8_e4m3fn",
         sizes=60, options={"sinks": _SINKS}),
+    Call("fp8_many_rows", (300, 90), S=320, T=16, N=16, H=128, page_size=32, held="float8_e4m3fn"),
     Call("int8_few_pages", (10, 100), S=128, H=64, page_size=16, held="int8"),
     Call("int8_pages", (500, 33), T=2, H=64, page_size=256, held="int8"),
     Call("int8_pages_of_any_width", (500, 90), H=24, page_size=32, held="int8"),
@@ -104,7 +109,7 @@ INTERPRETED = (
     "longer_than_held", "many_rows", "value_dim", "odd_capacity", "alibi_and_sinks", "pages_256",
     "pages_everything", "chunk_of_prefill_16", "empty_sequence", "counts", "counts_of_pages",
     "fp8_pages", "fp8_pages_everything", "fp8_pages_of_all_sizes", "int8_pages", "int8_chunk",
-    "int8_few_pages",
+    "int8_few_pages", "key_dim", "fp8_many_rows",
 )  # fmt: skip
 # Too much alike to the others to be interpreted.
 NOT_BY_TRITON = ("full_cache", "multi_query", "float16", "pages_128")

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +17,7 @@ import jaxflash
 from jaxflash import xla
 from jaxflash.arguments import canonicalize
 from pallas_kernels import hopper, mosaic
-from pallas_kernels.hopper.config import Staging
+from pallas_kernels.hopper.config import P_BUFFERS, Sizes, Staging
 
 pytestmark = pytest.mark.kernel
 
@@ -333,12 +335,29 @@ def test_more_than_65535_heads_in_all() -> None:
 
 def test_staging_fills_each_place_in_turn() -> None:
     for columns in range(8, 257, 8):
-        for staging in Staging.of(columns):
+        for staging in Staging.of(64, columns):
             groups, places = staging.groups(), staging.form.strips
             filled = [place for group in groups for place in group]
             assert len(filled) == staging.whole.strips
             assert all(group == sorted(set(group)) for group in groups)
             assert set(filled) == set(range(places))
+
+
+@pytest.mark.parametrize("rows", [8, 16])
+def test_few_rows_fit_as_they_are_laid_out(rows: int) -> None:
+    """Each buffer starts at a multiple of 1024 bytes, two hold a number, barriers follow."""
+    sizes = itertools.product(range(8, 257, 8), (64, 128, 192, 256), (64, 128), range(2, 7))
+    for H, Hv, block_kv, stages in sizes:
+        c = hopper.Config(1, block_kv, stages, q_stages=1, rows=rows, turned=True)
+        staging = c.staging(H, Hv)
+        if staging is None:
+            continue
+        k, v = mosaic.Form.of(block_kv, H), c.values(Hv, Sizes(2, 2))
+        forms = (mosaic.Form.of(rows, H), 1), (k, stages), (v, stages), (staging.form, 1)
+        buffers = [2 * n * math.prod(piece) for form, n in forms for piece in form.pieces]
+        buffers += [2 * P_BUFFERS * rows * block_kv, c.scratch_bytes, 4, 4]
+        barriers = 8 * (4 * stages + 2 * 1 + 2)
+        assert sum(-(-size // 1024) for size in buffers) * 1024 + barriers <= 227 * 1024
 
 
 @pytest.mark.parametrize("H", range(8, 257, 8))

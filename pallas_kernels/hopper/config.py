@@ -7,31 +7,44 @@ from typing import NamedTuple
 from pallas_kernels import mosaic, spec
 
 ROWS = 64  # of a warpgroup's matrix product
+P_BUFFERS = 2  # for probabilities in shared memory, of visits by turns
 # By the number of consumers: registers of a consumer's thread, and of a producer's, which needs
 # more where it has values to clean. All must fit into what the block is launched with.
 REGISTERS = {
-    1: ((232, 80), (232, 80)),
+    1: ((248, 80), (248, 80)),
     2: ((240, 24), (232, 40)),
     3: ((160, 32), (152, 56)),
     4: ((112, 32), (104, 64)),
 }
-# The same of one consumer, where two producers widen pages of 8 bits.
-REGISTERS_TO_WIDEN = (232, 136)
 _SMEM_BYTES = 227 * 1024
-_SMEM_REST = 2304  # numbers and barriers; each buffer starts at a multiple of 1024
-SMEM_SCALES = 2048  # of elements or pages of 8 bits
+_SMEM_REST = 2304  # numbers and barriers
+_ALIGNMENT = 1024  # of buffers; where rows are few, a piece of Q may end before a multiple of it
+_SMEM_SCALES = 2048  # of elements or pages of 8 bits
+
+
+class Sizes(NamedTuple):
+    """Of elements in shared memory, in bytes."""
+
+    of_query: int
+    of_key: int  # and of values
+
+    @classmethod
+    def of(cls, x: spec.Operands) -> "Sizes":
+        return cls(x.query.dtype.itemsize, x.key.dtype.itemsize)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """How a forward is cut into tiles."""
 
-    consumers: int = 2  # warpgroups; a tile of queries has 64 rows of each
+    consumers: int = 2  # warpgroups; a tile of queries has ``rows`` of each
     block_kv: int = 128
     stages: int = 2
     q_stages: int = 2  # 1: the next tile's Q comes when this tile's scores are done
     late_wait: bool = False  # keep O += P V running during the exponentials
     ping_pong: bool = False  # consumers start their products in turns
+    rows: int = ROWS  # of queries, of a consumer
+    turned: bool = False  # it computes S^T and O^T, whose columns may be fewer than 64
 
     def __post_init__(self) -> None:
         if self.consumers not in REGISTERS:
@@ -40,12 +53,22 @@ class Config:
             raise ValueError(
                 f"block_kv must be a multiple of 16 from {ROWS} to 256; got {self.block_kv}"
             )
+        multiple = 8 if self.turned else ROWS
+        if not 0 < self.rows <= ROWS or self.rows % multiple:
+            raise ValueError(f"rows must be a multiple of {multiple} up to {ROWS}; got {self}")
+        if self.turned and (self.block_kv % ROWS or self.consumers > 1):
+            raise ValueError(f"one consumer takes {ROWS} turned keys at a time; got {self}")
         if self.stages < 2 or self.q_stages not in (1, 2):
             raise ValueError(f"needs stages >= 2 and 1 or 2 q_stages; got {self}")
 
     @property
     def block_q(self) -> int:
-        return self.consumers * ROWS
+        return self.consumers * self.rows
+
+    @property
+    def scratch_bytes(self) -> int:
+        """To reduce a matrix along its rows: a thread has, of each eight columns, two float32."""
+        return 128 * 2 * 4 * self.rows // 8 if self.turned else 0
 
     @property
     def scaled_parts(self) -> int:
@@ -69,29 +92,36 @@ class Config:
             return large if fits else cls(block_kv=64, q_stages=1)
         return cls(stages=4 if wide <= 64 else 2, late_wait=modifies(problem))
 
-    def values(self, Hv: int, itemsize: int) -> mosaic.Form:
-        """Of a tile of V; with elements of 8 bits it is turned."""
-        if itemsize == 1:
+    def values(self, Hv: int, sizes: Sizes) -> mosaic.Form:
+        """Of a tile of V; with all elements of 8 bits it is turned."""
+        if sizes.of_query == 1:
             width = math.gcd(self.block_kv, 128)
             return mosaic.Form.in_strips(Hv, 0, width, self.block_kv // width)
+        if sizes.of_key == 1:
+            return mosaic.Form.of(self.block_kv, Hv, itemsize=1)
         return mosaic.Form.in_one_piece(self.block_kv, Hv)
 
-    def smem_bytes(self, H: int, Hv: int, staged: int, itemsize: int) -> int:
+    def smem_bytes(self, H: int, Hv: int, staged: int, sizes: Sizes) -> int:
         """Of rings, and of staging for so many columns of O, which have 16 bits."""
-        of_row = mosaic.Form.of(self.block_kv, H, itemsize=itemsize).columns
-        keys = self.block_kv * of_row + sum(map(math.prod, self.values(Hv, itemsize).pieces))
-        inputs = self.q_stages * self.block_q * of_row + self.stages * keys
-        return itemsize * inputs + 2 * self.block_q * staged
+        stack = self.q_stages * self.consumers * sizes.of_query
+        pieces = mosaic.Form.of(self.rows, H, itemsize=sizes.of_query).pieces
+        queries = sum(-(-stack * math.prod(x) // _ALIGNMENT) * _ALIGNMENT for x in pieces)
+        of_row = mosaic.Form.of(self.block_kv, H, itemsize=sizes.of_key).columns
+        of_values = sum(map(math.prod, self.values(Hv, sizes).pieces))
+        keys = sizes.of_key * self.stages * (self.block_kv * of_row + of_values)
+        probabilities = P_BUFFERS * self.rows * self.block_kv if self.turned else 0
+        outputs = 2 * (self.block_q * staged + probabilities)
+        return queries + keys + outputs + self.scratch_bytes
 
-    def spare_bytes(self, H: int, Hv: int, staged: int, itemsize: int) -> int:
-        """How much of shared memory is left; less than 0 if there is not enough."""
-        needed = self.smem_bytes(H, Hv, staged, itemsize) + _SMEM_REST
-        return _SMEM_BYTES - needed - (SMEM_SCALES if itemsize == 1 else 0)
+    def staging(self, H: int, Hv: int, sizes: Sizes | None = None) -> "Staging | None":
+        """As much of a row of O as shared memory has room for; None if it has none.
 
-    def staging(self, H: int, Hv: int, itemsize: int = 2) -> "Staging | None":
-        """As much of a row of O as shared memory has room for; None if it has none."""
-        for staging in Staging.of(Hv):
-            if self.spare_bytes(H, Hv, staging.form.columns, itemsize) >= 0:
+        Elements have 16 bits by default.
+        """
+        sizes = sizes or Sizes(2, 2)
+        most = _SMEM_BYTES - _SMEM_REST - (_SMEM_SCALES if sizes.of_key == 1 else 0)
+        for staging in Staging.of(self.rows, Hv):
+            if self.smem_bytes(H, Hv, staging.form.columns, sizes) <= most:
                 return staging
         return None
 
@@ -103,9 +133,9 @@ class Staging(NamedTuple):
     places: int  # for those of the first piece; the others have one each
 
     @classmethod
-    def of(cls, columns: int) -> list["Staging"]:
+    def of(cls, rows: int, columns: int) -> list["Staging"]:
         """All there are, the one with most places first."""
-        whole = mosaic.Form.of(ROWS, columns)
+        whole = mosaic.Form.of(rows, columns)
         return [cls(whole, places) for places in range(whole.pieces[0].strips, 0, -1)]
 
     @property

@@ -19,11 +19,11 @@ from pallas_kernels.common import accepts, packing
 from pallas_kernels.common.schedule import Schedule, Work
 from pallas_kernels.common.walk import Walk, part, part_exists
 from pallas_kernels.hopper import gpu
-from pallas_kernels.hopper.config import ROWS, Config
+from pallas_kernels.hopper.config import ROWS, Config, Sizes
 from pallas_kernels.hopper.forward import launch, supports
 from pallas_kernels.hopper.kernel import Forward
 
-_STAGES = (6, 5, 4, 3, 2)
+_STAGES, _STAGES_TO_WIDEN = (6, 5, 4, 3, 2), (4, 3, 2)
 # In bytes of keys and values that are read in the same time: what a part of a walk costs beside
 # them, and what it costs that there are parts to merge. And what share of a part the last block is
 # late by where sequences differ. The first two measured (bench/LOG.md, decoding), the third a
@@ -31,9 +31,8 @@ _STAGES = (6, 5, 4, 3, 2)
 _COST_OF_PART, _COST_OF_MERGE, _LATE = 45_000, 40_000, 1 / 12
 _MAX_PARTS = 32
 _FEW_KEYS = 1024  # of a block (bench/LOG.md, decoding)
-# Of pages of 8 bits: what room there is is for tiles on their way.
-_NARROW = Config(consumers=1, block_kv=2 * ROWS, stages=2, q_stages=1)
-_NARROW_COLUMNS = (64, 128)
+# Of queries, with which products are turned; those of 8-bit numbers are, whatever the rows.
+_FEW_ROWS, _FEW_ROWS_TO_WIDEN = (8, 16), (8, 16, 32)
 
 
 class Decode(Forward):
@@ -106,6 +105,8 @@ def decode(
     else:
         sinks = packing.by_row(problem, operands.sinks)
         out, lse = packing.merge(out, lse, sinks)
+    if problem.operands.has_narrow_pages:
+        out = mosaic.from_widened_columns(out)
     out = packing.unpack(problem, out, problem.Hv).astype(problem.dtype)
     return out, packing.unpack(problem, lse, 1)[..., 0]
 
@@ -115,16 +116,30 @@ def decode_config(problem: spec.Problem) -> Config:
 
     Where a block has few keys, small tiles: its first product starts earlier.
     """
-    p = problem
-    if p.operands.has_narrow_pages:
-        return _NARROW
+    p, rows = problem, _rows(problem)
+    widens = p.operands.has_narrow_pages
     is_short = _tiles(p) * _keys(p) <= _FEW_KEYS * gpu.multiprocessors(p.device)
-    block_kv = ROWS if is_short or max(p.H, p.Hv) > 128 else 2 * ROWS
-    for stages in _STAGES:
-        c = Config(consumers=1, block_kv=block_kv, stages=stages, q_stages=1)
-        if c.staging(p.H, p.Hv) is not None:
+    is_large = max(p.H, p.Hv) > 128 or (widens and rows > max(_FEW_ROWS))
+    for stages in _STAGES_TO_WIDEN if widens else _STAGES:
+        c = Config(
+            consumers=1,
+            block_kv=ROWS if is_short or is_large else 2 * ROWS,
+            stages=stages,
+            q_stages=1,
+            rows=rows,
+            turned=widens or rows < ROWS,
+        )
+        if c.staging(p.H, p.Hv, Sizes.of(p.operands)) is not None:
             return c
     raise AssertionError("two stages of 64 keys always fit")
+
+
+def _rows(problem: spec.Problem) -> int:
+    """Of a tile of queries: as few as can be, if a product can have so few columns."""
+    needed, widens = problem.T * problem.G, problem.operands.has_narrow_pages
+    few = _FEW_ROWS_TO_WIDEN if widens else _FEW_ROWS
+    fits = [rows for rows in few if rows >= needed]
+    return fits[0] if fits and problem.Hv % ROWS == 0 else ROWS
 
 
 def _tiles(problem: spec.Problem) -> int:
@@ -163,6 +178,6 @@ def choose_splits(problem: spec.Problem, c: Config) -> int:
 def supports_decode(problem: spec.Problem) -> str | None:
     """Why this kernel cannot run a problem, or None."""
     p = problem
-    if p.operands.has_narrow_pages and not {p.H, p.Hv} <= set(_NARROW_COLUMNS):
-        return f"widens heads of {_NARROW_COLUMNS} columns; got {p.H=}, {p.Hv=}"
+    if p.operands.has_narrow_pages and not {p.H, p.Hv} <= set(mosaic.WIDENED_COLUMNS):
+        return f"widens heads of {mosaic.WIDENED_COLUMNS} columns; got {p.H=}, {p.Hv=}"
     return accepts.refused_tokens(p) or supports(p)

@@ -1,18 +1,18 @@
 """The forward: FlashAttention-3 (Shah et al. 2024, section 3) in Pallas for Mosaic GPU.
 
 A block has one producer warpgroup, which copies tiles of K and V by TMA into a ring of stages, and
-two to four consumer warpgroups, each with 64 rows of Q of its own. In each visit to a tile of keys
-a consumer starts the product S = Q K^T, then O += P V of the visit before, and turns S into P while
-the latter still runs. The grid is persistent: a block that is done with a tile of queries takes the
-next one. The overlap does not stop there: the last product of a tile runs with the first of the
-next.
+one to four consumer warpgroups, each with rows of Q of its own: 64, or fewer of few new tokens. In
+each visit to a tile of keys a consumer starts the product S = Q K^T, then O += P V of the visit
+before, and turns S into P while the latter still runs. The grid is persistent: a block that is done
+with a tile of queries takes the next one. The overlap does not stop there: the last product of a
+tile runs with the first of the next.
 
 Shared memory of a block:
 
-    q_smem    [q_stages, consumers, 64, H]      filled by the producer
+    q_smem    [q_stages, consumers, rows, H]    filled by the producer
     k_smem    [stages, block_kv, H]             filled by the producer
     v_smem    [stages, block_kv, Hv]            filled by the producer; of 8 bits: turned
-    out_smem  [consumers, 64, staging.columns]  on its way out
+    out_smem  [consumers, rows, staging.columns] on its way out
     tile_smem [q_stages] int32                  which tile of queries comes next
 
 Elements of 8 bits have scales (section 3.3), which the producer passes on with each tile:
@@ -20,7 +20,12 @@ Elements of 8 bits have scales (section 3.3), which the producer passes on with 
     q_scale_smem  [q_stages, consumers]
     kv_scale_smem [stages, scaled_parts, 2]     of keys; log2 of those of values
 
-So have pages of 8 bits, which two producers widen: see `widening`.
+So have pages of 8 bits, whose numbers are widened on their way to registers. They are then left
+operands: S^T = K Q^T and O^T += V^T P^T, with P in
+
+    p_smem [2, rows, block_kv]                  of visits by turns
+
+Products may be turned like that where rows are few, too: the fewer columns, the less is computed.
 
 Each stage has a barrier that says it is full, and one that says every consumer is done with it.
 The producer's side is in `producer`, a visit's softmax in `softmax`.
@@ -40,9 +45,9 @@ from pallas_kernels.common.block_map import BlockMap, block_map, needs_map
 from pallas_kernels.common.schedule import Schedule, Work, largest_divisor
 from pallas_kernels.hopper import gpu
 from pallas_kernels.hopper import tile as tiles
-from pallas_kernels.hopper.config import REGISTERS, REGISTERS_TO_WIDEN, ROWS, Config
+from pallas_kernels.hopper.config import REGISTERS, Config
 from pallas_kernels.hopper.kernel import Forms, Forward, Scales, divide, next_tile
-from pallas_kernels.hopper.producer import producers
+from pallas_kernels.hopper.producer import produce
 from pallas_kernels.hopper.softmax import Raised, Stats, Visit
 
 
@@ -53,12 +58,15 @@ class Consumer(NamedTuple):
     me: Any  # which one
 
     def row0(self, work: Work) -> Any:
-        return work.q_block * self.k.config.block_q + self.me * ROWS
+        c = self.k.config
+        return work.q_block * c.block_q + self.me * c.rows
 
     def visit(self, work: Work, number: Any, masked: bool) -> Visit:
         def find() -> tiles.Span:
-            key0 = self.k.walk(work).tile(number) * self.k.config.block_kv
-            return tiles.Span(self.row0(work), key0, (ROWS, self.k.config.block_kv))
+            c = self.k.config
+            key0 = self.k.walk(work).tile(number) * c.block_kv
+            shape = (c.block_kv, c.rows) if c.turned else (c.rows, c.block_kv)
+            return tiles.Span(self.row0(work), key0, shape, c.turned)
 
         return Visit.of(self.k, work, find, masked)
 
@@ -78,17 +86,12 @@ class Carry(NamedTuple):
     """What a visit leaves to the next."""
 
     stats: Stats
-    p: jax.Array  # [64, block_kv], a left operand, yet to be multiplied with its values
-    o: tuple[jax.Array, ...]  # pieces of [64, Hv] float32, not normalised
-
-    @classmethod
-    def first(cls, k: Forward, stats: Stats, p: jax.Array) -> "Carry":
-        o = tuple(mosaic.full((ROWS, n), 0, jnp.float32) for n in k.output_columns())
-        return cls(stats, p, o)
+    p: Any  # [rows, block_kv], yet to be multiplied with its values; None: see `Forward.given`
+    o: tuple[jax.Array, ...]  # pieces of [rows, Hv] float32, not normalised; or turned
 
 
 def consume(k: Forward) -> None:
-    """Computes 64 rows of each tile of this block."""
+    """Computes a warpgroup's rows of each tile of this block."""
     c = Consumer(k, lax.axis_index("warpgroup"))
 
     def attend(state: Any) -> Any:
@@ -121,11 +124,11 @@ def begin(c: Consumer, work: Work, round_: Any, step: Any, exists: Any = True) -
     pl.when(exists)(lambda: mosaic.barrier_wait(r.k_full.at[stage]))
     q_stage = lax.rem(round_, k.config.q_stages)
     raised = c.raised(q_stage, stage)
-    s = mosaic.settle(start_scores(c, q_stage, stage))
+    s = mosaic.settle(k.start_scores(q_stage, c.me, stage))
     pl.when(exists)(lambda: mosaic.barrier_arrive(r.k_free.at[stage]))
-    stats, _, p = visit.softmax(Stats.start(), s, raised)
+    stats, _, p = visit.softmax(Stats.start(k), s, raised)
     wait_early(k, exists & (k.walk(work).count > 1), step + 1)
-    return Carry.first(k, stats, k.left_operand(p))
+    return Carry(stats, k.given(p, step), k.no_outputs())
 
 
 def visit_rest(c: Consumer, work: Work, round_: Any, step: Any, carry: Carry) -> tuple[Carry, Any]:
@@ -142,7 +145,7 @@ def visit_rest(c: Consumer, work: Work, round_: Any, step: Any, carry: Carry) ->
                 mosaic.barrier_wait(r.k_full.at[stage])
             mosaic.barrier_wait(r.v_full.at[before])
             raised = c.raised(q_stage, stage)
-            s, o = start_products(c, q_stage, stage, carry, before)
+            s, o = start_products(c, q_stage, step + j, carry)
             mosaic.barrier_arrive(r.k_free.at[stage])
             visit = visit or c.visit(work, j, masked)
             # The barrier keeps ptxas from taking P for the product that is still running.
@@ -150,7 +153,7 @@ def visit_rest(c: Consumer, work: Work, round_: Any, step: Any, carry: Carry) ->
             wait_early(k, j + 1 < walk.count, step + j + 1)
             o = settled(o)
             mosaic.barrier_arrive(r.v_free.at[before])
-            return Carry(stats, k.left_operand(p), k.decayed(o, decay))
+            return Carry(stats, k.given(p, step + j), k.decayed(o, decay))
 
         return one
 
@@ -177,16 +180,16 @@ def turn_overlapped(
     mosaic.barrier_wait(r.v_full.at[before])
     q_stage = lax.rem(round_, k.config.q_stages)
     raised = c.raised(q_stage, stage)
-    s, o = start_products(c, q_stage, stage, carry, before)
+    s, o = start_products(c, q_stage, step, carry)
     pl.when(exists)(lambda: mosaic.barrier_arrive(r.k_free.at[stage]))
-    stats, _, p = c.visit(following, 0, k.masks).softmax(Stats.start(), s, raised)
+    stats, _, p = c.visit(following, 0, k.masks).softmax(Stats.start(k), s, raised)
     stats, p = lax.optimization_barrier((stats, p))
     wait_early(k, exists & (k.walk(following).count > 1), step + 1)
     o = settled(o)
-    p = lax.optimization_barrier(k.left_operand(p))  # frees registers
+    p = lax.optimization_barrier(k.given(p, step))  # frees registers
     mosaic.barrier_arrive(r.v_free.at[before])
     store(c, work, o, factor)
-    return tile, Carry.first(k, stats, p)
+    return tile, Carry(stats, p, k.no_outputs())
 
 
 def turn_apart(c: Consumer, work: Work, round_: Any, step: Any, carry: Carry) -> tuple[Any, Carry]:
@@ -194,7 +197,7 @@ def turn_apart(c: Consumer, work: Work, round_: Any, step: Any, carry: Carry) ->
     k, r = c.k, c.k.refs
     before = lax.rem(step - 1, k.config.stages)
     mosaic.barrier_wait(r.v_full.at[before])
-    o = k.start_outputs(carry.p, before, carry.o)
+    o = k.start_outputs(carry.p, step - 1, carry.o)
     factor = finish(c, work, carry.stats)
     o = settled(o)
     mosaic.barrier_arrive(r.v_free.at[before])
@@ -204,12 +207,12 @@ def turn_apart(c: Consumer, work: Work, round_: Any, step: Any, carry: Carry) ->
 
 
 def start_products(
-    c: Consumer, q_stage: Any, stage: Any, carry: Carry, before: Any
+    c: Consumer, q_stage: Any, step: Any, carry: Carry
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Starts S = Q K^T and O += P V; returns S, and O, which still runs."""
+    """Starts S = Q K^T, and O += P V of the visit before; returns S, and O, which still runs."""
     wait_turn(c)
-    s = start_scores(c, q_stage, stage)
-    o = c.k.start_outputs(carry.p, before, carry.o)
+    s = c.k.start_scores(q_stage, c.me, lax.rem(step, c.k.config.stages))
+    o = c.k.start_outputs(carry.p, step - 1, carry.o)
     pass_turn(c)
     return mosaic.settle(s, in_flight=len(o)), o
 
@@ -232,12 +235,6 @@ def settled(products: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     return tuple(mosaic.settle(x) for x in products)
 
 
-def start_scores(c: Consumer, q_stage: Any, stage: Any) -> jax.Array:
-    """Starts S = Q K^T."""
-    r = c.k.refs
-    return mosaic.start(r.q_smem.at(q_stage, c.me), r.k_smem.at(stage), transpose_b=True)
-
-
 def wait_early(k: Forward, more: Any, step: Any) -> None:
     """Waits for the next K before the product that runs has ended.
 
@@ -249,10 +246,10 @@ def wait_early(k: Forward, more: Any, step: Any) -> None:
 
 
 def finish(c: Consumer, work: Work, stats: Stats) -> jax.Array:
-    """Stores a tile's rows of the lse; returns what to multiply its rows of O by, [64]."""
+    """Stores a tile's rows of the lse; returns what to multiply its rows of O by, a vector."""
     row0 = c.row0(work)
     factor, lse = stats.finish(c.k, work, row0)
-    mosaic.store(c.k.lse(work, pl.ds(row0, ROWS)), lse, optimized=False)
+    mosaic.store(c.k.lse(work, pl.ds(row0, c.k.config.rows)), lse, optimized=False)
     scales = c.k.refs.scales
     if scales is None:
         return factor
@@ -262,7 +259,7 @@ def finish(c: Consumer, work: Work, stats: Stats) -> jax.Array:
 def store(c: Consumer, work: Work, o: tuple[jax.Array, ...], factor: jax.Array) -> None:
     """Stores a tile's rows of O, normalised."""
     k = c.k
-    out_gmem = k.out(work, pl.ds(c.row0(work), ROWS))
+    out_gmem = k.out(work, pl.ds(c.row0(work), k.config.rows))
     places = [strip for strip, _, _ in k.refs.out_smem.at(c.me).strips()]
     column = 0
     for group in k.forms.out.groups():
@@ -270,11 +267,13 @@ def store(c: Consumer, work: Work, o: tuple[jax.Array, ...], factor: jax.Array) 
         starts = []
         for place in group:
             width = places[place].tiled.shape[-1]
-            spread = mosaic.spread_rows(factor, (ROWS, width))
-            part = columns(o, column, width) * spread
+            part = columns(o, column, width, axis=0 if k.turned else 1)
+            spread = k.spread(factor, part.shape)
+            part = part * spread
             if k.empties_rows:  # 0 NaN is NaN
                 part = jnp.where(spread > 0, part, 0.0)
-            mosaic.store(places[place].tiled, part.astype(k.problem.dtype))
+            stored = mosaic.store_turned if k.turned else mosaic.store
+            stored(places[place].tiled, part.astype(k.problem.dtype))
             starts.append(column)
             column += width
         mosaic.commit_smem()
@@ -282,12 +281,13 @@ def store(c: Consumer, work: Work, o: tuple[jax.Array, ...], factor: jax.Array) 
             mosaic.copy_out(places[place], out_gmem, start)
 
 
-def columns(pieces: tuple[jax.Array, ...], start: int, width: int) -> jax.Array:
-    """Some columns of a matrix in pieces, all within one."""
+def columns(pieces: tuple[jax.Array, ...], start: int, width: int, axis: int) -> jax.Array:
+    """Some columns of O, which has them along an axis, in pieces, all within one."""
     for piece in pieces:
-        if start < piece.shape[1]:
-            return piece[:, start : start + width]
-        start -= piece.shape[1]
+        if start < piece.shape[axis]:
+            stop = start + width
+            return piece[start:stop] if axis == 0 else piece[:, start:stop]
+        start -= piece.shape[axis]
     raise AssertionError("there are no such columns")
 
 
@@ -341,12 +341,11 @@ def launch(
     """Launches a kernel; the arrays it returns are those that ``kind.out`` and ``lse`` know."""
     p, forms = tiles.in_kernel(problem), Forms.of(problem, c)
     kv_blocks = pl.cdiv(p.S, c.block_kv)
-    x = tiles.prepare(problem, operands, schedule.q_blocks * c.block_q, kv_blocks * c.block_kv)
+    rows, keys = schedule.q_blocks * c.block_q, kv_blocks * c.block_kv
+    x = tiles.prepare(problem, operands, rows, keys, turned=c.turned)
     scales, x = Scales.of(x), forms.arrays(x)
     if scales is not None:
         x = x._replace(query_scale=None, key_scale=None, value_scale=None)
-    widens = problem.operands.has_narrow_pages
-    assert c.consumers == 1 or not widens, "there are registers for one consumer"
     blocks = min(blocks or gpu.multiprocessors(problem.device), schedule.tiles)
     leaves, tree = jax.tree.flatten((x, found, scales))
     scratch = forms.scratch(c, p)
@@ -356,8 +355,8 @@ def launch(
         out, lse, *rest = refs[len(leaves) :]
         named = forms.refs(given, out, lse, dict(zip(scratch, rest, strict=True)))
         k = kind(p, c, schedule, blocks, forms, named)
-        registers = REGISTERS_TO_WIDEN if k.widens else REGISTERS[c.consumers][k.hides_keys]
-        divide(c.consumers, registers, lambda: consume(k), *producers(k))
+        registers = REGISTERS[c.consumers][k.hides_keys]
+        divide(c.consumers, registers, lambda: consume(k), lambda: produce(k))
 
     call = mosaic.kernel(
         forward_kernel,
@@ -367,12 +366,16 @@ def launch(
         ],
         scratch_types=list(scratch.values()),
         grid={"block": blocks},
-        threads=("warpgroup", c.consumers + 1 + widens),
-        # No reduction crosses warps: a row is within one. And nothing needs the barriers of the
-        # warpgroup that Mosaic would put around copies and stores: what threads write to shared
-        # memory for others to read, `commit_smem` ends with one; a buffer is written again only
-        # after a wait for all threads that read it, at a barrier at which each arrives by itself.
-        params=mosaic.compiler_params(reduction_scratch_bytes=0, unsafe_no_auto_barriers=True),
+        threads=("warpgroup", c.consumers + 1),
+        # Nothing needs the barriers of the warpgroup that Mosaic would put around copies and
+        # stores: what threads write to shared memory for others to read, `commit_smem` ends with
+        # one; a buffer is written again only after a wait for all threads that read it, at a
+        # barrier at which each arrives by itself. Of two buffers of P, the one that is written was
+        # read by the product before the last one, which each thread has waited for before it met
+        # the others where rows are reduced.
+        params=mosaic.compiler_params(
+            reduction_scratch_bytes=c.scratch_bytes, unsafe_no_auto_barriers=True
+        ),
     )
     out, lse = call(*leaves)
     return out, lse

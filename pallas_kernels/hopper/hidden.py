@@ -19,8 +19,7 @@ def zero_hidden(matrix: mosaic.Matrix, row: int, seen: Callable[[Any], jax.Array
     for strip, _, _ in matrix.strips():
         part = strip.tiled.at[pl.ds(row, ROWS)]
         values = mosaic.load_matrix(part)
-        kept = jnp.where(seen(values.shape), values, jnp.zeros((), values.dtype))
-        mosaic.store(part, kept)
+        mosaic.store(part, mosaic.kept_rows(values, seen(values.shape)))
 
 
 class Hidden(NamedTuple):

@@ -15,7 +15,7 @@ from pallas_kernels.common import visits
 from pallas_kernels.common.block_map import BlockMap
 from pallas_kernels.common.schedule import Schedule, Work
 from pallas_kernels.common.walk import Walk
-from pallas_kernels.hopper.config import ROWS, SMEM_SCALES, Config, Staging, modifies
+from pallas_kernels.hopper.config import P_BUFFERS, ROWS, Config, Sizes, Staging, modifies
 
 LOG2_E = math.log2(math.e)
 
@@ -26,7 +26,6 @@ RANGE_OF_HALF = 12.0  # the same for float16, where what is small would be lost
 # as they are, which saves more instructions than it costs where there are many columns.
 PATIENCE = 8.0
 _MANY = 128
-_MOST_NARROW = 8  # stages of pages of 8 bits
 
 
 class Scales(NamedTuple):
@@ -66,10 +65,10 @@ class Refs(NamedTuple):
     scales: Scales | None
     out_gmem: mosaic.Ref  # [B, T, N, Hv]
     lse_gmem: mosaic.Ref  # [B, N, T in whole tiles] float32
-    q_smem: mosaic.Matrix  # [q_stages, consumers, 64, H]
+    q_smem: mosaic.Matrix  # [q_stages, consumers, rows, H]
     k_smem: mosaic.Matrix  # [stages, block_kv, H]
     v_smem: mosaic.Matrix  # [stages, block_kv, Hv]; [stages, Hv, block_kv] of 8-bit elements
-    out_smem: mosaic.Matrix  # [consumers, 64, columns of staging]
+    out_smem: mosaic.Matrix  # [consumers, rows, columns of staging]
     tile_smem: mosaic.Ref  # [q_stages] int32: which tile of queries comes next
     ticket_smem: mosaic.Ref  # [1] int32: a number taken, the producer's own
     q_full: mosaic.Ref
@@ -83,11 +82,7 @@ class Refs(NamedTuple):
     # Of elements or pages of 8 bits, float32.
     q_scale_smem: mosaic.Ref = None  # [q_stages, consumers]; not of pages
     kv_scale_smem: mosaic.Ref = None  # [stages, scaled_parts, 2]: of the keys; shift
-    # Of pages of 8 bits: tiles before they are widened.
-    k_narrow_smem: Any = None  # Matrix [narrow_stages, block_kv, H]
-    v_narrow_smem: Any = None  # Matrix [narrow_stages, block_kv, Hv]
-    k_narrow_full: mosaic.Ref = None
-    v_narrow_full: mosaic.Ref = None
+    p_smem: mosaic.Ref = None  # [2, rows, block_kv]: of visits by turns, where they are turned
 
 
 class Forms(NamedTuple):
@@ -98,66 +93,56 @@ class Forms(NamedTuple):
     v: mosaic.Form
     out: Staging
     parts: int  # that a tile of keys is copied in, for they are in pages
-    # Of pages of 8 bits; else of no use.
-    k_narrow: mosaic.Form
-    v_narrow: mosaic.Form
-    narrow_stages: int
 
     @classmethod
     def of(cls, p: spec.Problem, c: Config) -> "Forms":
-        itemsize = p.operands.query.dtype.itemsize
-        least = Staging.of(p.Hv)[-1]  # leaves room for more tiles on their way
-        staging = least if p.operands.has_narrow_pages else c.staging(p.H, p.Hv, itemsize)
+        sizes = Sizes.of(p.operands)
+        staging = c.staging(p.H, p.Hv, sizes)
         assert staging is not None, f"{c} needs too much shared memory for {p.H=}, {p.Hv=}"
-        spare = c.spare_bytes(p.H, p.Hv, staging.form.columns, itemsize) - SMEM_SCALES
-        narrow = [mosaic.Form.of(c.block_kv, n, itemsize=1) for n in (p.H, p.Hv)]
+        assert c.turned or not p.operands.has_narrow_pages, "what is widened is a left operand"
+        assert not c.turned or not (p.operands.is_quantized or p.Hv % ROWS), "no product has V^T"
         table = p.operands.page_table
         return cls(
-            q=mosaic.Form.of(ROWS, p.H, itemsize=itemsize),
-            k=mosaic.Form.of(c.block_kv, p.H, itemsize=itemsize),
-            v=c.values(p.Hv, itemsize),
+            q=mosaic.Form.of(c.rows, p.H, itemsize=sizes.of_query),
+            k=mosaic.Form.of(c.block_kv, p.H, itemsize=sizes.of_key),
+            v=c.values(p.Hv, sizes),
             out=staging,
             parts=1 if table is None else max(1, c.block_kv // p.operands.key.shape[1]),
-            k_narrow=narrow[0],
-            v_narrow=narrow[1],
-            narrow_stages=max(1, min(_MOST_NARROW, spare // (c.block_kv * (p.H + p.Hv)))),
         )
 
     def arrays(self, x: spec.Operands) -> spec.Operands:
         """Operands whose queries, keys and values are as copies take them."""
-        query, k, v = x.query, self.k, self.v
+        query = x.query
         if x.has_narrow_pages:
             most = float(jnp.finfo(jnp.float16).max)
             query = jnp.clip(query.astype(jnp.float32), -most, most).astype(jnp.float16)
-            k, v = self.k_narrow, self.v_narrow
-        value = x.value if x.is_quantized else v.array(x.value)
-        return x._replace(query=self.q.array(query), key=k.array(x.key), value=value)
+            query = mosaic.for_widened_rows(query)
+        value = x.value if x.is_quantized else self.v.array(x.value)
+        return x._replace(query=self.q.array(query), key=self.k.array(x.key), value=value)
 
     def scratch(self, c: Config, p: spec.Problem) -> dict[str, Any]:
         """Shared memory and barriers, by their names in `Refs`."""
-        x, dtype = p.operands, dtype_in_smem(p)
+        x = p.operands
         of_k, of_v = self.k.copies_in(self.parts), self.v.copies_in(self.parts)
         others: dict[str, Any] = {}
         if x.is_quantized:
-            of_k += 1  # with the scales of the stage
             others["q_scale_smem"] = mosaic.SMEM((c.q_stages, c.consumers), jnp.float32)
-            others["kv_scale_smem"] = mosaic.SMEM((c.stages, c.scaled_parts, 2), jnp.float32)
-        if x.has_narrow_pages:
-            for name, form in (("k_narrow", self.k_narrow), ("v_narrow", self.v_narrow)):
-                others[f"{name}_smem"] = form.smem(self.narrow_stages, dtype=x.key.dtype)
-                copies = form.copies_in(self.parts)
-                others[f"{name}_full"] = _barriers(self.narrow_stages, copies)
-            others["kv_scale_smem"] = mosaic.SMEM((c.stages, self.parts, 2), jnp.float32)
-            of_k = of_v = 1  # when they have been widened
+        if x.key_scale is not None:
+            of_k += 1  # with the scales of the stage
+            shape = (c.stages, self.scaled_parts(c, x), 2)
+            others["kv_scale_smem"] = mosaic.SMEM(shape, jnp.float32)
+        if c.turned:
+            shape = (P_BUFFERS, c.rows, c.block_kv)
+            others["p_smem"] = mosaic.tiled_smem(shape, dtype_of_left(p))
         return {
-            "q_smem": self.q.smem(c.q_stages, c.consumers, dtype=dtype),
-            "k_smem": self.k.smem(c.stages, dtype=dtype),
-            "v_smem": self.v.smem(c.stages, dtype=dtype),
+            "q_smem": self.q.smem(c.q_stages, c.consumers, dtype=dtype_of_left(p)),
+            "k_smem": self.k.smem(c.stages, dtype=x.key.dtype),
+            "v_smem": self.v.smem(c.stages, dtype=x.value.dtype),
             "out_smem": self.out.form.smem(c.consumers, dtype=p.dtype),
             "tile_smem": mosaic.SMEM((c.q_stages,), jnp.int32),
             "ticket_smem": mosaic.SMEM((1,), jnp.int32),
             "q_full": _barriers(c.q_stages, c.consumers * self.q.copies + 1),
-            "q_free": _barriers(c.q_stages, c.consumers + x.has_narrow_pages),
+            "q_free": _barriers(c.q_stages, c.consumers),
             "k_full": _barriers(c.stages, of_k),
             "k_free": _barriers(c.stages, c.consumers),
             "v_full": _barriers(c.stages, of_v),
@@ -165,6 +150,12 @@ class Forms(NamedTuple):
             "v_raw": mosaic.Barrier(num_arrivals=of_v),
             "turn": _barriers(c.consumers, 1),
         } | others
+
+    def scaled_parts(self, c: Config, x: spec.Operands) -> int:
+        """Of a tile of keys, the parts that have scales of their own; 0: there are no scales."""
+        if x.key_scale is None:
+            return 0
+        return self.parts if x.has_narrow_pages else c.scaled_parts
 
     def refs(self, given: Any, out: Any, lse: Any, scratch: dict[str, Any]) -> Refs:
         """From what a kernel is given, its outputs, and what `scratch` asked for."""
@@ -176,8 +167,8 @@ class Forms(NamedTuple):
         return Refs(x=x, map=found, scales=scales, out_gmem=out, lse_gmem=lse, **by_name)
 
 
-def dtype_in_smem(p: spec.Problem) -> Any:
-    """Of Q, K and V as products take them; every number of 8 bits is one of float16."""
+def dtype_of_left(p: spec.Problem) -> Any:
+    """Of what is multiplied with keys and values: every number of 8 bits is one of float16."""
     return jnp.float16 if p.operands.has_narrow_pages else p.operands.query.dtype
 
 
@@ -248,9 +239,9 @@ def divide(
     consumers: int,
     registers: tuple[int, int],
     consume: Callable[[], None],
-    *produce: Callable[[], None],
+    produce: Callable[[], None],
 ) -> None:
-    """Runs consumers and producers, each in its warpgroups, with ``registers`` for its task."""
+    """Runs consumers and the producer, each in its warpgroup, with ``registers`` for its task."""
     of_consumer, of_producer = registers
 
     @pl.when(lax.axis_index("warpgroup") < consumers)
@@ -258,12 +249,10 @@ def divide(
         mosaic.set_max_registers(of_consumer, action="increase")
         consume()
 
-    for i, task in enumerate(produce):
-
-        @pl.when(lax.axis_index("warpgroup") == consumers + i)
-        def _(task: Callable[[], None] = task) -> None:
-            mosaic.set_max_registers(of_producer, action="decrease")
-            task()
+    @pl.when(lax.axis_index("warpgroup") == consumers)
+    def _() -> None:
+        mosaic.set_max_registers(of_producer, action="decrease")
+        produce()
 
 
 def next_tile(k: "Forward", round_: Any) -> tuple[Any, Work]:
@@ -320,16 +309,14 @@ class Forward(Kernel):
 
     @property
     def scaled_parts(self) -> int:
-        """Of a tile of keys, the parts that have scales of their own; 0: there are no scales."""
-        if self.widens:
-            return self.forms.parts
-        return 0 if self.refs.scales is None else self.config.scaled_parts
+        """See `Forms.scaled_parts`."""
+        return self.forms.scaled_parts(self.config, self.problem.operands)
 
     @property
     def is_patient(self) -> bool:
         """See `PATIENCE`. 8-bit probabilities have no room to grow; masks by data no registers."""
-        p = self.problem
-        return p.Hv > _MANY and self.refs.scales is None and not p.masks_by_data
+        p, can_be = self.problem, self.refs.scales is None and not self.turned
+        return p.Hv > _MANY and can_be and not p.masks_by_data
 
     def larger(self, m: jax.Array, candidate: jax.Array) -> jax.Array:
         """What probabilities are relative to, from what they were and what is the largest now."""
@@ -341,26 +328,57 @@ class Forward(Kernel):
         """Sums relative to what is the largest now."""
         if self.is_patient:
             return mosaic.scaled_rows(o, decay)
-        return tuple(x * mosaic.spread_rows(decay, x.shape) for x in o)
+        return tuple(x * self.spread(decay, x.shape) for x in o)
 
-    def left_operand(self, p: jax.Array) -> jax.Array:
-        """Probabilities, to be multiplied with values."""
+    def given(self, p: jax.Array, step: Any) -> Any:
+        """Probabilities of a visit, as `start_outputs` takes them."""
+        if self.turned:
+            p = p.astype(dtype_of_left(self.problem))
+            mosaic.store_turned(self._p_smem(step), p)
+            mosaic.commit_smem()
+            return None
         if self.refs.scales is None:
-            return p.astype(dtype_in_smem(self.problem))
+            return p.astype(dtype_of_left(self.problem))
         return mosaic.as_left_operand(p.astype(self.problem.operands.value.dtype))
 
-    def start_outputs(
-        self, p: jax.Array, stage: Any, o: tuple[jax.Array, ...]
-    ) -> tuple[jax.Array, ...]:
-        """Starts O += P V with what `left_operand` returned."""
-        v = self.refs.v_smem.at(stage)
+    def start_scores(self, q_stage: Any, consumer: Any, stage: Any) -> jax.Array:
+        """Starts S = Q K^T."""
+        q, k = self.refs.q_smem.at(q_stage, consumer), self.refs.k_smem.at(stage)
+        if self.widens:
+            return mosaic.start(mosaic.widened_rows(k), q, transpose_b=True)
+        return mosaic.start(*((k, q) if self.turned else (q, k)), transpose_b=True)
+
+    def start_outputs(self, p: Any, step: Any, o: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """Starts O += P V of a visit, with what `given` returned."""
+        v = self.refs.v_smem.at(lax.rem(step, self.config.stages))
+        if self.turned:
+            p = self._p_smem(step)
+        if self.widens:
+            return (mosaic.start(mosaic.widened_columns(v), p, *o, transpose_b=True),)
+        if self.turned:
+            return mosaic.start_turned(v, p, o)
         return mosaic.start_columns(p, v, o, transpose=self.refs.scales is not None)
 
-    def output_columns(self) -> list[int]:
-        """Of the pieces that O has."""
+    def _p_smem(self, step: Any) -> mosaic.Ref:
+        return self.refs.p_smem.at[lax.rem(step, P_BUFFERS)]
+
+    def no_outputs(self) -> tuple[jax.Array, ...]:
+        """Sums of nothing yet, in as many pieces as O has: [rows, columns], or turned."""
+        columns = [self.problem.Hv]
         if self.refs.scales is None:
-            return [piece.columns for piece in self.forms.v.pieces]
-        return [self.problem.Hv]
+            columns = [piece.columns for piece in self.forms.v.pieces]
+        rows = self.config.rows
+        shapes = [(n, rows) if self.turned else (rows, n) for n in columns]
+        return tuple(mosaic.full(shape, 0, jnp.float32) for shape in shapes)
+
+    @property
+    def turned(self) -> bool:
+        """Whether tiles of scores are [keys, rows]."""
+        return self.config.turned
+
+    def spread(self, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """The matrix of scores or outputs that has an entry of a vector in each row of queries."""
+        return (mosaic.spread_columns if self.turned else mosaic.spread_rows)(x, shape)
 
     def query(self, work: Work, rows: Any) -> mosaic.Ref:
         """Rows of a head's queries."""

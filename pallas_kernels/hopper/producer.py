@@ -10,37 +10,29 @@ from jax import lax
 
 from pallas_kernels import mosaic
 from pallas_kernels.common.schedule import Work
-from pallas_kernels.hopper.config import ROWS
 from pallas_kernels.hopper.hidden import Hidden
 from pallas_kernels.hopper.kernel import Forward, Kernel, drain, scale_at
 from pallas_kernels.hopper.source import Source
-from pallas_kernels.hopper.widening import Lane, widen_alone, widen_each
-
-
-def producers(k: Forward) -> list[Callable[[], None]]:
-    """Their tasks, each for a warpgroup: one has all, but for values that are widened."""
-    return [lambda: produce(k), *([lambda: widen_alone(k, Lane.of(k, True))] if k.widens else [])]
+from pallas_kernels.spec.narrow import LEAST
 
 
 def produce(k: Forward) -> None:
-    """Copies Q, K and V of each tile of this block, or only Q and K."""
+    """Copies Q, K and V of each tile of this block."""
     c, r = k.config, k.refs
 
     def load(round_: Any, step: Any, tile: Any) -> Any:
         work = k.schedule.work(tile)
         stage = announce(k, round_, tile, work)
         for i in range(c.consumers):
-            rows = pl.ds(work.q_block * c.block_q + i * ROWS, ROWS)
+            rows = pl.ds(work.q_block * c.block_q + i * c.rows, c.rows)
             mosaic.copy_in(k.query(work, rows), r.q_smem.at(stage, i), r.q_full.at[stage])
-        if k.widens:
-            return widen_each(k, Lane.of(k, False), work, step)
         return produce_keys(k, work, step)
 
     rounds, steps, tile = each_tile(k, r.ticket_smem, load)
     stage = announce(k, rounds, tile, None)  # that there is none left
     arrive(r.q_full.at[stage], c.consumers * k.forms.q.copies)
     drain(rounds + 1, c.q_stages, r.q_free)
-    drain(steps, c.stages, r.k_free, *([] if k.widens else [r.v_free]))
+    drain(steps, c.stages, r.k_free, r.v_free)
 
 
 def each_tile(k: Kernel, ticket: mosaic.Ref, load: Callable[[Any, Any, Any], Any]) -> Any:
@@ -74,7 +66,7 @@ def announce(k: Forward, round_: Any, tile: Any, work: Work | None) -> Any:
     r.tile_smem[stage] = tile
     if r.scales is not None and work is not None:
         for i in range(k.config.consumers):
-            row = work.q_block * k.config.block_q + i * ROWS
+            row = work.q_block * k.config.block_q + i * k.config.rows
             r.q_scale_smem[stage, i] = scale_at(r.scales.query, work.batch, row, work.head)
     mosaic.commit_smem()
     mosaic.barrier_arrive(r.q_full.at[stage])
@@ -92,7 +84,7 @@ def produce_keys(k: Forward, work: Work, step: Any) -> Any:
         # Before the waits: what it loads comes while they last.
         by_data = walk.hides and functools.partial(walk.hides, j)
         hidden = Hidden.of(k, work, kv_block, by_data) if k.hides_keys else None
-        scales = key_scales(k, work, kv_block * c.block_kv)
+        scales = page_scales(k, source, hidden) if k.widens else key_scales(k, work, kv_block)
         again = step + j >= c.stages
         pl.when(again)(lambda: mosaic.barrier_wait(r.k_free.at[stage]))
         source.copy(r.x.key, r.k_smem.at(stage), r.k_full.at[stage])
@@ -109,17 +101,33 @@ def produce_keys(k: Forward, work: Work, step: Any) -> Any:
     return walk.count
 
 
-def key_scales(k: Forward, work: Work, key0: Any) -> tuple[tuple[Any, Any], ...]:
+def key_scales(k: Forward, work: Work, kv_block: Any) -> tuple[tuple[Any, Any], ...]:
     """What the consumers must know of each part of a tile of 8-bit keys and values."""
     scales = k.refs.scales
     if scales is None:
         return ()
-    head, parts = k.kv_head(work), k.config.scaled_parts
+    head, parts = k.kv_head(work), k.scaled_parts
+    key0 = kv_block * k.config.block_kv
     first_keys = (key0 + i * (k.config.block_kv // parts) for i in range(parts))
     return tuple(
         (scale_at(scales.key, work.batch, key, head), scale_at(scales.shift, work.batch, key, head))
         for key in first_keys
     )
+
+
+def page_scales(k: Forward, source: Source, hidden: Hidden | None) -> tuple[tuple[Any, Any], ...]:
+    """The same of parts in pages of 8 bits; those of keys that nobody sees are 1."""
+    assert hidden is not None, "keys in pages have lengths"
+    found = []
+    for part, (page, _, head) in enumerate(source.places):
+        key0 = hidden.key0 + part * source.rows
+        seen = (key0 < hidden.stop) & (key0 + source.rows > hidden.start)
+        of_key, of_value = (
+            jnp.where(seen, jnp.maximum(x[page, head], LEAST), 1.0)
+            for x in (k.refs.x.key_scale, k.refs.x.value_scale)
+        )
+        found.append((of_key, jnp.log2(of_value)))
+    return tuple(found)
 
 
 def produce_values(k: Forward, hidden: "Hidden | None", source: Source, stage: Any) -> None:

@@ -12,23 +12,18 @@ from pallas_kernels.hopper.kernel import Forward
 
 
 def pages_of(k: Forward, work: Work, kv_block: Any) -> tuple[Any, ...]:
-    """What the table says of the page of each part of a tile of keys: see `existing`."""
+    """The page of each part of a tile of keys.
+
+    What is not in the table, or in no page, is hidden by its length, or not visited: it gets some.
+    """
     block_kv, table = k.config.block_kv, k.refs.x.page_table
     page_size = k.refs.x.key.shape[1]
     found = []
     for start in range(0, block_kv, min(page_size, block_kv)):
         key = kv_block * block_kv + start
         number = jnp.clip(lax.div(key, page_size), 0, table.shape[1] - 1)
-        found.append(table[work.batch, number])
+        found.append(jnp.clip(table[work.batch, number], 0, k.refs.x.key.shape[0] - 1))
     return tuple(found)
-
-
-def existing(k: Forward, pages: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Pages that there are.
-
-    What is not in the table, or in no page, is hidden by its length, or not visited: it gets some.
-    """
-    return tuple(jnp.clip(page, 0, k.refs.x.key.shape[0] - 1) for page in pages)
 
 
 class Source(NamedTuple):
@@ -38,15 +33,13 @@ class Source(NamedTuple):
     rows: int  # of each
 
     @classmethod
-    def of(
-        cls, k: Forward, work: Work, kv_block: Any, pages: tuple[Any, ...] | None = None
-    ) -> "Source":
-        """A tile; ``pages`` are its `pages_of`, if they have been looked up already."""
+    def of(cls, k: Forward, work: Work, kv_block: Any) -> "Source":
+        """A tile."""
         block_kv, head = k.config.block_kv, k.kv_head(work)
         key0 = kv_block * block_kv
         if k.refs.x.page_table is None:
             return cls(((work.batch, pl.ds(key0, block_kv), head),), block_kv)
-        pages = existing(k, pages or pages_of(k, work, kv_block))
+        pages = pages_of(k, work, kv_block)
         page_size = k.refs.x.key.shape[1]
         rows = block_kv // len(pages)
         starts = (lax.rem(key0 + i * rows, page_size) for i in range(len(pages)))

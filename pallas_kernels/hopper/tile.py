@@ -74,9 +74,13 @@ class Span(NamedTuple):
 
     def load(self, ref: mosaic.Ref, *, by_row: bool) -> jax.Array:
         """A vector with an entry for each row of the logits, or for each key, as a matrix."""
-        if by_row != self.turned:
-            return mosaic.spread_rows(mosaic.load_rows(ref), self.shape)
-        return mosaic.spread_columns(mosaic.load_columns(ref), self.shape)
+        load = mosaic.load_rows if by_row != self.turned else mosaic.load_columns
+        return self.spread(load(ref), by_row=by_row)
+
+    def spread(self, x: jax.Array, *, by_row: bool) -> jax.Array:
+        """Such a vector as a matrix."""
+        spread = mosaic.spread_rows if by_row != self.turned else mosaic.spread_columns
+        return spread(x, self.shape)
 
 
 def tile_of(
@@ -96,8 +100,8 @@ def tile_of(
     offset = visits.offset_of(problem, x, batch)
     position = row + offset
     if problem.rows_per_position > 1:
-        rows = span.row0 + mosaic.row_iota(span.shape[0])
-        position = mosaic.spread_rows(lax.div(rows, problem.rows_per_position) + offset, span.shape)
+        rows = span.row0 + mosaic.vector_iota(span.rows[1], by_row=not span.turned)
+        position = span.spread(lax.div(rows, problem.rows_per_position) + offset, by_row=True)
     segments = masked and x.query_segment_ids is not None
     slopes = x.alibi_slopes
     row_ids = x.query_segment_ids.at[batch, pl.ds(*span.rows)] if segments else None

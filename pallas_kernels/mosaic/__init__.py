@@ -34,6 +34,7 @@ from pallas_kernels.mosaic.matmul import (
     settle,
     start,
     start_columns,
+    start_turned,
 )
 from pallas_kernels.mosaic.matrix import (
     Form,
@@ -46,25 +47,34 @@ from pallas_kernels.mosaic.matrix import (
 )
 from pallas_kernels.mosaic.memory import Ref, layout_cast, load, store, tiled_smem
 from pallas_kernels.mosaic.sums import Sums, add, matrices, put
+from pallas_kernels.mosaic.turned import store_turned
 from pallas_kernels.mosaic.values import (
     fold_parts,
     full,
-    half,
     iota,
+    kept_rows,
     load_columns,
     load_matrix,
     load_rows,
     opaque,
-    row_iota,
     spread_columns,
     spread_parts,
     spread_rows,
     uniform,
+    vector_iota,
 )
 from pallas_kernels.mosaic.warps import maximum_if_much, scaled_rows
+from pallas_kernels.mosaic.widen import (
+    WIDENED_COLUMNS,
+    for_widened_rows,
+    from_widened_columns,
+    widened_columns,
+    widened_rows,
+)
 
 __all__ = [
     "SMEM",
+    "WIDENED_COLUMNS",
     "Barrier",
     "Form",
     "Layout",
@@ -87,12 +97,14 @@ __all__ = [
     "copy_smem_to_gmem",
     "counter",
     "fold_parts",
+    "for_widened_rows",
+    "from_widened_columns",
     "full",
     "gather",
-    "half",
     "interpreting",
     "iota",
     "is_interpreting",
+    "kept_rows",
     "kernel",
     "layout_cast",
     "load",
@@ -104,7 +116,6 @@ __all__ = [
     "maximum_if_much",
     "opaque",
     "put",
-    "row_iota",
     "scaled_rows",
     "set_max_registers",
     "settle",
@@ -113,9 +124,14 @@ __all__ = [
     "spread_rows",
     "start",
     "start_columns",
+    "start_turned",
     "store",
+    "store_turned",
     "take_number",
     "tiled_smem",
     "uniform",
+    "vector_iota",
     "wait_smem_to_gmem",
+    "widened_columns",
+    "widened_rows",
 ]

@@ -57,13 +57,16 @@ def start(
     """Starts ``acc + a @ b``, which will be [M, N] float32.
 
     Left operands are in shared memory or in registers, right operands in shared memory. A `Matrix`
-    is multiplied with one alike, its columns being those that are summed over.
+    is multiplied with one alike, its columns being those that are summed over; if it is in one
+    piece, it may be multiplied with registers.
     """
     if not isinstance(b, Matrix):
         return _start(a, b, acc, transpose_a, transpose_b)
-    assert isinstance(a, Matrix)
     assert transpose_b
     assert not transpose_a
+    if not isinstance(a, Matrix):
+        (view,) = b.views
+        return _start(a, view.tiled, acc, transpose_a, transpose_b)
     for left, right in zip(a.views, b.views, strict=True):
         acc = _start(left.tiled, right.tiled, acc, transpose_a, transpose_b)
     assert acc is not None
@@ -80,6 +83,12 @@ def start_columns(
     """Starts ``acc + a @ piece`` for each piece of b: a product each."""
     pairs = zip(b.views, accs, strict=True)
     return tuple(_start(a, view.tiled, acc, False, transpose) for view, acc in pairs)
+
+
+def start_turned(a: Matrix, b: Ref, accs: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """Starts ``acc + piece^T @ b^T`` for each piece of a matrix: a product each."""
+    pairs = zip(a.views, accs, strict=True)
+    return tuple(_start(view.tiled, b, acc, True, True) for view, acc in pairs)
 
 
 def settle(value: jax.Array, *, in_flight: int = 0) -> jax.Array:

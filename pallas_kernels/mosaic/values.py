@@ -19,13 +19,20 @@ from pallas_kernels.mosaic.dialects import arith, llvm, vector
 from pallas_kernels.mosaic.memory import Ref, layout_cast, load
 
 _COLUMNS_OF_TILE = 8  # of a matrix: a thread has two of them
+_ROWS_OF_TILE, _ROWS_OF_WARP = 64, 16
 _ROWS, _COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 
-def full(shape: tuple[int, ...], value: float, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """A matrix, or a vector with an entry for each row of one."""
-    layout = plgpu.Layout.WGMMA if len(shape) == 2 else _ROWS
+def full(
+    shape: tuple[int, ...], value: float, dtype: jax.typing.DTypeLike, *, by_row: bool = True
+) -> jax.Array:
+    """A matrix, or a vector with an entry for each row of one, or for each column."""
+    layout = plgpu.Layout.WGMMA if len(shape) == 2 else _of_vector(by_row)
     return layout_cast(jnp.full(shape, value, dtype), layout)
+
+
+def _of_vector(by_row: bool) -> Any:
+    return _ROWS if by_row else _COLUMNS
 
 
 def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
@@ -60,15 +67,17 @@ def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
     return run()
 
 
-def row_iota(rows: int) -> jax.Array:
-    """The int32 index of each row of a matrix, a vector."""
+def vector_iota(size: int, *, by_row: bool = True) -> jax.Array:
+    """The int32 index of each row of a matrix, or of each column, a vector."""
     if interpreter.is_interpreting():
-        return lax.iota(jnp.int32, rows)
+        return lax.iota(jnp.int32, size)
+    result = plgpu.ShapeDtypeStruct((size,), jnp.int32, _of_vector(by_row))
 
-    @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((rows,), jnp.int32, _ROWS))
+    @plgpu.inline_mgpu(return_type=result)
     def run(_: Any) -> Any:
-        i32, layout = ir.IntegerType.get_signless(32), fa.WGMMA_ROW_LAYOUT
-        return fa.FragmentedArray.broadcasted_iota(i32, (rows,), 0, layout, is_signed=True)
+        i32 = ir.IntegerType.get_signless(32)
+        layout = fa.WGMMA_ROW_LAYOUT if by_row else fa.WGMMA_COL_LAYOUT
+        return fa.FragmentedArray.broadcasted_iota(i32, (size,), 0, layout, is_signed=True)
 
     return run()
 
@@ -110,38 +119,25 @@ def load_matrix(ref: Ref) -> jax.Array:
     return load(ref, layout=plgpu.Layout.WGMMA, optimized=False)
 
 
-def half(x: jax.Array) -> jax.Array:
-    """A matrix [rows, columns] of 8-bit numbers in float16, as `load_matrix` loads it."""
-    if interpreter.is_interpreting() or not jnp.issubdtype(x.dtype, jnp.integer):
-        return x.astype(jnp.float16)
-    result = plgpu.ShapeDtypeStruct(x.shape, jnp.float16, plgpu.Layout.WGMMA)
+def kept_rows(x: jax.Array, kept: jax.Array) -> jax.Array:
+    """A matrix of 8 or 16 bits where ``kept``, which is alike in a whole row, else zero."""
+    if interpreter.is_interpreting() or x.dtype.itemsize > 1:
+        return jnp.where(kept, x, jnp.zeros((), x.dtype))
+    wgmma = plgpu.Layout.WGMMA
+    result = plgpu.ShapeDtypeStruct(x.shape, x.dtype, wgmma)
 
-    # Mosaic's own conversion takes several instructions for each number, this one three for two:
-    # with 128 added, a number is the lower bits of the fraction of 1024.
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=result)
-    def run(_: Any, x: Any) -> Any:
-        i16, i32 = (ir.IntegerType.get_signless(bits) for bits in (16, 32))
-        pair = ir.VectorType.get((2,), ir.F16Type.get())
+    # Mosaic selects no numbers of 8 bits.
+    @plgpu.inline_mgpu(arg_types=(wgmma, wgmma), return_type=result)
+    def run(_: Any, x: Any, mask: Any) -> Any:
+        i16 = ir.IntegerType.get_signless(16)
         registers = np.empty_like(x.registers)
-        for at, numbers in np.ndenumerate(x.registers):
-            both = arith.extui(i32, mgpu_utils.bitcast(numbers, i16))
-            found = llvm.inline_asm(i32, [both], _HALF_OF_INT8, "=r,r")
-            registers[at] = mgpu_utils.bitcast(found, pair)
-        return fa.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
+        for at, pair in np.ndenumerate(x.registers):
+            of_row = vector.extract(mask.registers[at], dynamic_position=[], static_position=[0])
+            bits = arith.andi(mgpu_utils.bitcast(pair, i16), arith.trunci(i16, of_row))
+            registers[at] = mgpu_utils.bitcast(bits, pair.type)
+        return fa.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=x.is_signed)
 
-    return run(x)
-
-
-_HALF_OF_INT8 = """
-{
-.reg .b32 t, u;
-mov.b32 u, 0x64646464;
-prmt.b32 t, $1, u, 0x4140;
-xor.b32 t, t, 0x00800080;
-mov.b32 u, 0x64806480;
-sub.f16x2 $0, t, u;
-}
-"""
+    return run(x, jnp.where(kept, jnp.int32(-1), jnp.int32(0)))
 
 
 def load_rows(ref: Ref) -> jax.Array:
@@ -167,7 +163,7 @@ def spread_columns(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def _spread(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
     if interpreter.is_interpreting():
         return lax.broadcast_in_dim(x, shape, [axis])
-    layout = _ROWS if axis == 0 else _COLUMNS
+    layout = _of_vector(axis == 0)
     result = plgpu.ShapeDtypeStruct(shape, x.dtype, plgpu.Layout.WGMMA)
 
     # Not Mosaic's own, whose layouts it would search for, in a time exponential in their number.
@@ -178,14 +174,16 @@ def _spread(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
     return run(x)
 
 
-def spread_parts(parts: tuple[Any, ...], shape: tuple[int, ...]) -> jax.Array:
-    """The matrix of float32 whose columns, in as many parts of one size, are a number each.
+def spread_parts(parts: tuple[Any, ...], shape: tuple[int, ...], axis: int = 1) -> jax.Array:
+    """The matrix of float32 that along an axis, in parts of one size, is a number in each.
 
-    It takes no registers but those of the numbers.
+    It takes no registers but those of the numbers. Where parts are fewer than 64 rows, a warp takes
+    those of its own.
     """
-    width = shape[1] // len(parts)
+    width = shape[axis] // len(parts)
     if interpreter.is_interpreting():
-        return jnp.broadcast_to(jnp.repeat(jnp.stack(parts), width), shape)
+        along = jnp.repeat(jnp.stack(parts), width)
+        return jnp.broadcast_to(along[:, None] if axis == 0 else along, shape)
     splat, f32 = plgpu.Layout.WG_SPLAT, jnp.float32
     result = plgpu.ShapeDtypeStruct(shape, f32, plgpu.Layout.WGMMA)
 
@@ -193,13 +191,32 @@ def spread_parts(parts: tuple[Any, ...], shape: tuple[int, ...]) -> jax.Array:
     def run(_: Any, *parts: Any) -> Any:
         layout = fa.WGMMA_LAYOUT
         vectors = ir.VectorType.get((layout.vector_length,), ir.F32Type.get())
-        numbers = [vector.broadcast(vectors, x.registers.item()) for x in parts]
+        numbers = [x.registers.item() for x in parts]
+        if axis == 0:
+            starts = range(0, shape[0], _ROWS_OF_TILE)
+            of_tiles = [_of_warp(numbers, start, width) for start in starts]
+        else:
+            of_tiles = [numbers[i // width] for i in range(0, shape[1], _COLUMNS_OF_TILE)]
+        of_tiles = [vector.broadcast(vectors, x) for x in of_tiles]
         registers = np.empty(layout.registers_shape(shape), dtype=object)
         for at in np.ndindex(registers.shape):
-            registers[at] = numbers[at[1] * _COLUMNS_OF_TILE // width]
+            registers[at] = of_tiles[at[axis]]
         return fa.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
     return run(*(f32(x) for x in parts))
+
+
+def _of_warp(numbers: list[Any], row: int, width: int) -> Any:
+    """Of numbers for each ``width`` rows, that of this warp's rows of the 64 from ``row`` on."""
+    starts = range(row, row + _ROWS_OF_TILE, min(width, _ROWS_OF_TILE))
+    first, *others = (numbers[start // width] for start in starts)
+    i32 = ir.IntegerType.get_signless(32)
+    my_row = arith.muli(mgpu_utils.warp_idx(sync=False), mgpu_utils.c(_ROWS_OF_WARP, i32))
+    my_row = arith.remui(my_row, mgpu_utils.c(_ROWS_OF_TILE, i32))
+    for start, number in zip(starts[1:], others, strict=True):
+        follows = arith.cmpi(arith.CmpIPredicate.uge, my_row, mgpu_utils.c(start - row, i32))
+        first = arith.select(follows, number, first)
+    return first
 
 
 def fold_parts(x: jax.Array, parts: int, combine: Any) -> jax.Array:
