@@ -4,7 +4,8 @@ The time is that of reading keys and values once. So that one read serves all qu
 and all new tokens, their rows are worked on as one tile of a single consumer; so that there is work
 for every multiprocessor, the tiles of keys that it visits are divided among blocks, whose partial
 outputs XLA merges. All else is the forward's: this kernel is the forward of rows that are packed
-otherwise and of walks that are parts.
+otherwise, and are columns of products where they are few (`orientation`), and of walks that are
+parts.
 """
 
 import functools

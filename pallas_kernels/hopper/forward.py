@@ -20,12 +20,9 @@ Elements of 8 bits have scales (section 3.3), which the producer passes on with 
     q_scale_smem  [q_stages, consumers]
     kv_scale_smem [stages, scaled_parts, 2]     of keys; log2 of those of values
 
-So have pages of 8 bits, whose numbers are widened on their way to registers. They are then left
-operands: S^T = K Q^T and O^T += V^T P^T, with P in
+So have pages of 8 bits. With them, and where rows are few, tiles are turned, see `orientation`:
 
     p_smem [2, rows, block_kv]                  of visits by turns
-
-Products may be turned like that where rows are few, too: the fewer columns, the less is computed.
 
 Each stage has a barrier that says it is full, and one that says every consumer is done with it.
 The producer's side is in `producer`, a visit's softmax in `softmax`.
@@ -65,7 +62,7 @@ class Consumer(NamedTuple):
         def find() -> tiles.Span:
             c = self.k.config
             key0 = self.k.walk(work).tile(number) * c.block_kv
-            shape = (c.block_kv, c.rows) if c.turned else (c.rows, c.block_kv)
+            shape = self.k.orientation.matrix(c.rows, c.block_kv)
             return tiles.Span(self.row0(work), key0, shape, c.turned)
 
         return Visit.of(self.k, work, find, masked)
@@ -86,7 +83,7 @@ class Carry(NamedTuple):
     """What a visit leaves to the next."""
 
     stats: Stats
-    p: Any  # [rows, block_kv], yet to be multiplied with its values; None: see `Forward.given`
+    p: Any  # [rows, block_kv], yet to be multiplied with its values; see `Orientation.given`
     o: tuple[jax.Array, ...]  # pieces of [rows, Hv] float32, not normalised; or turned
 
 
@@ -124,11 +121,11 @@ def begin(c: Consumer, work: Work, round_: Any, step: Any, exists: Any = True) -
     pl.when(exists)(lambda: mosaic.barrier_wait(r.k_full.at[stage]))
     q_stage = lax.rem(round_, k.config.q_stages)
     raised = c.raised(q_stage, stage)
-    s = mosaic.settle(k.start_scores(q_stage, c.me, stage))
+    s = mosaic.settle(start_scores(c, q_stage, step))
     pl.when(exists)(lambda: mosaic.barrier_arrive(r.k_free.at[stage]))
     stats, _, p = visit.softmax(Stats.start(k), s, raised)
     wait_early(k, exists & (k.walk(work).count > 1), step + 1)
-    return Carry(stats, k.given(p, step), k.no_outputs())
+    return Carry(stats, k.orientation.given(p, step), k.orientation.no_outputs())
 
 
 def visit_rest(c: Consumer, work: Work, round_: Any, step: Any, carry: Carry) -> tuple[Carry, Any]:
@@ -153,7 +150,7 @@ def visit_rest(c: Consumer, work: Work, round_: Any, step: Any, carry: Carry) ->
             wait_early(k, j + 1 < walk.count, step + j + 1)
             o = settled(o)
             mosaic.barrier_arrive(r.v_free.at[before])
-            return Carry(stats, k.given(p, step + j), k.decayed(o, decay))
+            return Carry(stats, k.orientation.given(p, step + j), k.decayed(o, decay))
 
         return one
 
@@ -186,10 +183,10 @@ def turn_overlapped(
     stats, p = lax.optimization_barrier((stats, p))
     wait_early(k, exists & (k.walk(following).count > 1), step + 1)
     o = settled(o)
-    p = lax.optimization_barrier(k.given(p, step))  # frees registers
+    p = lax.optimization_barrier(k.orientation.given(p, step))  # frees registers
     mosaic.barrier_arrive(r.v_free.at[before])
     store(c, work, o, factor)
-    return tile, Carry(stats, p, k.no_outputs())
+    return tile, Carry(stats, p, k.orientation.no_outputs())
 
 
 def turn_apart(c: Consumer, work: Work, round_: Any, step: Any, carry: Carry) -> tuple[Any, Carry]:
@@ -197,7 +194,7 @@ def turn_apart(c: Consumer, work: Work, round_: Any, step: Any, carry: Carry) ->
     k, r = c.k, c.k.refs
     before = lax.rem(step - 1, k.config.stages)
     mosaic.barrier_wait(r.v_full.at[before])
-    o = k.start_outputs(carry.p, step - 1, carry.o)
+    o = start_outputs(c, step - 1, carry)
     factor = finish(c, work, carry.stats)
     o = settled(o)
     mosaic.barrier_arrive(r.v_free.at[before])
@@ -211,10 +208,22 @@ def start_products(
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Starts S = Q K^T, and O += P V of the visit before; returns S, and O, which still runs."""
     wait_turn(c)
-    s = c.k.start_scores(q_stage, c.me, lax.rem(step, c.k.config.stages))
-    o = c.k.start_outputs(carry.p, step - 1, carry.o)
+    s = start_scores(c, q_stage, step)
+    o = start_outputs(c, step - 1, carry)
     pass_turn(c)
     return mosaic.settle(s, in_flight=len(o)), o
+
+
+def start_scores(c: Consumer, q_stage: Any, step: Any) -> jax.Array:
+    """Starts S = Q K^T of a visit."""
+    r, stage = c.k.refs, lax.rem(step, c.k.config.stages)
+    return c.k.orientation.start_scores(r.q_smem.at(q_stage, c.me), r.k_smem.at(stage))
+
+
+def start_outputs(c: Consumer, step: Any, carry: Carry) -> tuple[jax.Array, ...]:
+    """Starts O += P V of a visit."""
+    v = c.k.refs.v_smem.at(lax.rem(step, c.k.config.stages))
+    return c.k.orientation.start_outputs(carry.p, step, v, carry.o)
 
 
 def wait_turn(c: Consumer) -> None:
@@ -267,13 +276,12 @@ def store(c: Consumer, work: Work, o: tuple[jax.Array, ...], factor: jax.Array) 
         starts = []
         for place in group:
             width = places[place].tiled.shape[-1]
-            part = columns(o, column, width, axis=0 if k.turned else 1)
-            spread = k.spread(factor, part.shape)
+            part = columns(k, o, column, width)
+            spread = k.orientation.spread(factor, part.shape)
             part = part * spread
             if k.empties_rows:  # 0 NaN is NaN
                 part = jnp.where(spread > 0, part, 0.0)
-            stored = mosaic.store_turned if k.turned else mosaic.store
-            stored(places[place].tiled, part.astype(k.problem.dtype))
+            k.orientation.store(places[place].tiled, part.astype(k.problem.dtype))
             starts.append(column)
             column += width
         mosaic.commit_smem()
@@ -281,13 +289,12 @@ def store(c: Consumer, work: Work, o: tuple[jax.Array, ...], factor: jax.Array) 
             mosaic.copy_out(places[place], out_gmem, start)
 
 
-def columns(pieces: tuple[jax.Array, ...], start: int, width: int, axis: int) -> jax.Array:
-    """Some columns of O, which has them along an axis, in pieces, all within one."""
-    for piece in pieces:
-        if start < piece.shape[axis]:
-            stop = start + width
-            return piece[start:stop] if axis == 0 else piece[:, start:stop]
-        start -= piece.shape[axis]
+def columns(k: Forward, pieces: tuple[jax.Array, ...], start: int, width: int) -> jax.Array:
+    """Some columns of O, in pieces, all within one."""
+    for piece, count in zip(pieces, k.output_columns(), strict=True):
+        if start < count:
+            return k.orientation.output_part(piece, start, width)
+        start -= count
     raise AssertionError("there are no such columns")
 
 

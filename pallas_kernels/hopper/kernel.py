@@ -16,6 +16,7 @@ from pallas_kernels.common.block_map import BlockMap
 from pallas_kernels.common.schedule import Schedule, Work
 from pallas_kernels.common.walk import Walk
 from pallas_kernels.hopper.config import P_BUFFERS, ROWS, Config, Sizes, Staging, modifies
+from pallas_kernels.hopper.orientation import Orientation
 
 LOG2_E = math.log2(math.e)
 
@@ -315,7 +316,7 @@ class Forward(Kernel):
     @property
     def is_patient(self) -> bool:
         """See `PATIENCE`. 8-bit probabilities have no room to grow; masks by data no registers."""
-        p, can_be = self.problem, self.refs.scales is None and not self.turned
+        p, can_be = self.problem, self.refs.scales is None and not self.config.turned
         return p.Hv > _MANY and can_be and not p.masks_by_data
 
     def larger(self, m: jax.Array, candidate: jax.Array) -> jax.Array:
@@ -328,57 +329,18 @@ class Forward(Kernel):
         """Sums relative to what is the largest now."""
         if self.is_patient:
             return mosaic.scaled_rows(o, decay)
-        return tuple(x * self.spread(decay, x.shape) for x in o)
+        return tuple(x * self.orientation.spread(decay, x.shape) for x in o)
 
-    def given(self, p: jax.Array, step: Any) -> Any:
-        """Probabilities of a visit, as `start_outputs` takes them."""
-        if self.turned:
-            p = p.astype(dtype_of_left(self.problem))
-            mosaic.store_turned(self._p_smem(step), p)
-            mosaic.commit_smem()
-            return None
+    def output_columns(self) -> list[int]:
+        """Of the pieces that O has."""
         if self.refs.scales is None:
-            return p.astype(dtype_of_left(self.problem))
-        return mosaic.as_left_operand(p.astype(self.problem.operands.value.dtype))
-
-    def start_scores(self, q_stage: Any, consumer: Any, stage: Any) -> jax.Array:
-        """Starts S = Q K^T."""
-        q, k = self.refs.q_smem.at(q_stage, consumer), self.refs.k_smem.at(stage)
-        if self.widens:
-            return mosaic.start(mosaic.widened_rows(k), q, transpose_b=True)
-        return mosaic.start(*((k, q) if self.turned else (q, k)), transpose_b=True)
-
-    def start_outputs(self, p: Any, step: Any, o: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        """Starts O += P V of a visit, with what `given` returned."""
-        v = self.refs.v_smem.at(lax.rem(step, self.config.stages))
-        if self.turned:
-            p = self._p_smem(step)
-        if self.widens:
-            return (mosaic.start(mosaic.widened_columns(v), p, *o, transpose_b=True),)
-        if self.turned:
-            return mosaic.start_turned(v, p, o)
-        return mosaic.start_columns(p, v, o, transpose=self.refs.scales is not None)
-
-    def _p_smem(self, step: Any) -> mosaic.Ref:
-        return self.refs.p_smem.at[lax.rem(step, P_BUFFERS)]
-
-    def no_outputs(self) -> tuple[jax.Array, ...]:
-        """Sums of nothing yet, in as many pieces as O has: [rows, columns], or turned."""
-        columns = [self.problem.Hv]
-        if self.refs.scales is None:
-            columns = [piece.columns for piece in self.forms.v.pieces]
-        rows = self.config.rows
-        shapes = [(n, rows) if self.turned else (rows, n) for n in columns]
-        return tuple(mosaic.full(shape, 0, jnp.float32) for shape in shapes)
+            return [piece.columns for piece in self.forms.v.pieces]
+        return [self.problem.Hv]
 
     @property
-    def turned(self) -> bool:
-        """Whether tiles of scores are [keys, rows]."""
-        return self.config.turned
-
-    def spread(self, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """The matrix of scores or outputs that has an entry of a vector in each row of queries."""
-        return (mosaic.spread_columns if self.turned else mosaic.spread_rows)(x, shape)
+    def orientation(self) -> Orientation:
+        """How tiles are held."""
+        return Orientation.of(self)
 
     def query(self, work: Work, rows: Any) -> mosaic.Ref:
         """Rows of a head's queries."""

@@ -1,6 +1,5 @@
 """Online softmax of the tiles of scores that a warpgroup visits, to base 2."""
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,7 +11,6 @@ from jax import lax
 from pallas_kernels import mosaic, spec
 from pallas_kernels.common.schedule import Work
 from pallas_kernels.hopper import tile as tiles
-from pallas_kernels.hopper.config import ROWS
 from pallas_kernels.hopper.kernel import LOG2_E, RANGE_OF_HALF, Forward, Kernel
 
 
@@ -20,26 +18,19 @@ class Stats(NamedTuple):
     """Of the scores of the rows so far."""
 
     m: jax.Array  # [rows] largest, log2, or no less by more than `PATIENCE`
-    # [rows] sum of powers relative to it. Where scores are turned, warps share rows: [64, rows], to
-    # be added up at the end.
-    l: jax.Array
+    l: jax.Array  # sum of powers relative to it, see `Orientation.sums`
 
     @classmethod
     def start(cls, k: Forward) -> "Stats":
-        rows, by_row = (k.config.rows,), not k.turned
-        m = mosaic.full(rows, -math.inf, jnp.float32, by_row=by_row)
-        sums = (ROWS, *rows) if k.turned else rows
-        return cls(m, mosaic.full(sums, 0, jnp.float32))
+        return cls(k.orientation.vector(-math.inf), k.orientation.no_sums())
 
     def finish(self, k: Forward, work: Work, row0: Any) -> tuple[jax.Array, jax.Array]:
         """What to multiply rows of O by, and their lse; the sink takes its part here."""
-        x, (m, total) = k.refs.x, self
-        total = jnp.sum(total, axis=0) if k.turned else total
+        x, m, total = k.refs.x, self.m, k.orientation.totals(self.l)
         seen = m != -math.inf
         count = k.row_count(work)
         if count is not None:
-            row = mosaic.vector_iota(k.config.rows, by_row=not k.turned)
-            seen &= row < count - row0
+            seen &= k.orientation.index() < count - row0
         factor = jnp.where(seen, 1.0, 0.0)
         m = jnp.where(seen, m, 0.0)
         if x.sinks is not None:
@@ -58,44 +49,6 @@ class Raised(NamedTuple):
 
     scale: tuple[Any, ...]  # of products of queries with keys
     shift: tuple[Any, ...]  # by which log2 of probabilities is raised
-
-
-def over(k: Kernel, parts: tuple[Any, ...], shape: tuple[int, ...]) -> Any:
-    """A number for each part of a tile's keys, as a matrix; the number itself if it is one."""
-    return parts[0] if len(parts) == 1 else mosaic.spread_parts(parts, shape, keys_axis(k))
-
-
-def keys_axis(k: Kernel) -> int:
-    """Of a matrix of scores."""
-    return 0 if isinstance(k, Forward) and k.turned else 1
-
-
-def row_max(
-    k: Forward, s: jax.Array, units: tuple[Any, ...], shifts: tuple[Any, ...] | None
-) -> jax.Array:
-    """The largest of each row, given in multiples of what each part has, greater than 0.
-
-    What parts are shifted by is added.
-    """
-    parts, axis = len(units if shifts is None else shifts), keys_axis(k)
-    if parts == 1:  # fewer to multiply
-        largest = jnp.max(s, axis=axis) * units[0]
-        return largest if shifts is None else largest + shifts[0]
-    if not k.turned:
-        s = mosaic.fold_parts(s, parts, jnp.maximum)
-    s = s * over(k, units, s.shape)
-    return jnp.max(s if shifts is None else s + over(k, shifts, s.shape), axis=axis)
-
-
-def row_sum(k: Forward, p: jax.Array, weights: tuple[Any, ...] = (1.0,)) -> jax.Array:
-    """The sum of each row, weighted, as `Stats` has it."""
-    if k.turned:
-        p = p * over(k, weights, p.shape)
-        return functools.reduce(jnp.add, (p[i : i + ROWS] for i in range(0, len(p), ROWS)))
-    p = mosaic.fold_parts(p, len(weights), jnp.add)
-    if len(weights) == 1:
-        return jnp.sum(p, axis=1) * weights[0]
-    return jnp.sum(p * over(k, weights, p.shape), axis=1)
 
 
 class Visit(NamedTuple):
@@ -123,25 +76,25 @@ class Visit(NamedTuple):
         """Takes scores into the statistics; returns the decay of what came before, and P."""
         k, units = self.k, (self.k.unit * LOG2_E,)
         assert isinstance(k, Forward)
+        side = k.orientation
         if raised is not None and k.modifies:
-            s = s * over(k, raised.scale, s.shape)
+            s = s * side.over(raised.scale, s.shape)
         elif raised is not None:
             units = tuple(units[0] * scale for scale in raised.scale)
         s = self.logits(s)
         if raised is not None and k.widens:  # by what may be anything
-            found = row_max(k, s, units, raised.shift) - RANGE_OF_HALF
+            found = side.row_max(s, units, raised.shift) - RANGE_OF_HALF
         else:
-            found = row_max(k, s, units, None)
+            found = side.row_max(s, units, None)
         m = k.larger(stats.m, found)
         base = jnp.where(m == -math.inf, 0.0, m) if self.masked or k.modifies else m
         decay = jnp.exp2(stats.m - base)
-        lowered = k.spread(base, s.shape)
+        lowered = side.spread(base, s.shape)
         if raised is not None:
-            lowered = lowered - over(k, raised.shift, s.shape)
-        p = jnp.exp2(s * over(k, units, s.shape) - lowered)
+            lowered = lowered - side.over(raised.shift, s.shape)
+        p = jnp.exp2(s * side.over(units, s.shape) - lowered)
         weights = (1.0,) if raised is None else tuple(jnp.exp2(-x) for x in raised.shift)
-        of_sum = k.spread(decay, stats.l.shape) if k.turned else decay
-        stats = Stats(m, stats.l * of_sum + row_sum(k, p, weights))
+        stats = Stats(m, side.decayed_sums(stats.l, decay) + side.sums(p, weights))
         return stats, decay, self.kept(self.signed(p))
 
     def signed(self, p: jax.Array) -> jax.Array:
