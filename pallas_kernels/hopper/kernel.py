@@ -134,9 +134,9 @@ class Forms(NamedTuple):
             others["kv_scale_smem"] = mosaic.SMEM(shape, jnp.float32)
         if c.turned:
             shape = (P_BUFFERS, c.rows, c.block_kv)
-            others["p_smem"] = mosaic.tiled_smem(shape, dtype_of_left(p))
+            others["p_smem"] = mosaic.tiled_smem(shape, dtype_of_queries(p))
         return {
-            "q_smem": self.q.smem(c.q_stages, c.consumers, dtype=dtype_of_left(p)),
+            "q_smem": self.q.smem(c.q_stages, c.consumers, dtype=dtype_of_queries(p)),
             "k_smem": self.k.smem(c.stages, dtype=x.key.dtype),
             "v_smem": self.v.smem(c.stages, dtype=x.value.dtype),
             "out_smem": self.out.form.smem(c.consumers, dtype=p.dtype),
@@ -168,8 +168,8 @@ class Forms(NamedTuple):
         return Refs(x=x, map=found, scales=scales, out_gmem=out, lse_gmem=lse, **by_name)
 
 
-def dtype_of_left(p: spec.Problem) -> Any:
-    """Of what is multiplied with keys and values: every number of 8 bits is one of float16."""
+def dtype_of_queries(p: spec.Problem) -> Any:
+    """Of Q, and of P in shared memory: every number of 8 bits is one of float16."""
     return jnp.float16 if p.operands.has_narrow_pages else p.operands.query.dtype
 
 

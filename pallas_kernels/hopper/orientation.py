@@ -31,6 +31,11 @@ class Orientation(abc.ABC):
 
     keys_axis: int  # of a matrix of scores
 
+    @property
+    def by_row(self) -> bool:
+        """Whether a row of queries is a row of the matrix."""
+        return self.keys_axis == 1
+
     def __init__(self, k: Forward) -> None:
         self.k = k
 
@@ -40,20 +45,20 @@ class Orientation(abc.ABC):
 
     def matrix(self, rows: int, others: int) -> tuple[int, int]:
         """The shape of a matrix that has rows of queries, and keys or columns of values."""
-        return (rows, others) if self.keys_axis == 1 else (others, rows)
+        return (rows, others) if self.by_row else (others, rows)
 
     def vector(self, value: float) -> jax.Array:
         """An entry for each row of queries."""
-        by_row = self.keys_axis == 1
-        return mosaic.full((self.k.config.rows,), value, jnp.float32, by_row=by_row)
+        rows = self.k.config.rows
+        return mosaic.full((rows,), value, jnp.float32, by_row=self.by_row)
 
     def index(self) -> jax.Array:
         """Of each row of queries."""
-        return mosaic.vector_iota(self.k.config.rows, by_row=self.keys_axis == 1)
+        return mosaic.vector_iota(self.k.config.rows, by_row=self.by_row)
 
     def spread(self, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """The matrix that has an entry of a vector in each row of queries."""
-        return (mosaic.spread_rows if self.keys_axis == 1 else mosaic.spread_columns)(x, shape)
+        return (mosaic.spread_rows if self.by_row else mosaic.spread_columns)(x, shape)
 
     def over(self, numbers: Numbers, shape: tuple[int, ...]) -> Any:
         """The numbers as a matrix of scores; the number itself if it is one."""

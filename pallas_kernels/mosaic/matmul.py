@@ -24,7 +24,7 @@ from jaxlib.mlir import ir
 from pallas_kernels.mosaic import interpreter
 from pallas_kernels.mosaic.dialects import nvvm
 from pallas_kernels.mosaic.matrix import Matrix
-from pallas_kernels.mosaic.memory import Ref, tiling_of
+from pallas_kernels.mosaic.memory import Ref, ref_type, tiling_of
 from pallas_kernels.spec.quantization import in_operand_order
 
 # Their annotations and signatures differ between JAX versions: no type checker can agree with all.
@@ -111,7 +111,7 @@ def _start(
         product = _emulated(a, b, transpose_a, transpose_b)
         return product if acc is None else acc + product
     in_registers = isinstance(a, jax.Array)
-    types: list[Any] = [_layout_of(a.dtype) if in_registers else _ref_type(a), _ref_type(b)]
+    types: list[Any] = [_layout_of(a.dtype) if in_registers else ref_type(a), ref_type(b)]
     shape = (_size(a, 1 if transpose_a else 0), _size(b, 0 if transpose_b else 1))
     operands = [a, b]
     if acc is not None:
@@ -168,12 +168,6 @@ def _layout_of(dtype: Any) -> Any:
 
 def _like(shape: tuple[int, ...]) -> Any:
     return plgpu.ShapeDtypeStruct(shape, jnp.float32, plgpu.Layout.WGMMA)
-
-
-def _ref_type(ref: Ref) -> Any:
-    tiling, swizzle = tiling_of(ref)
-    transforms = (plgpu.TilingTransform(tiling), plgpu.SwizzleTransform(swizzle))
-    return plgpu.RefType(transforms)
 
 
 def _size(operand: Any, axis: int) -> int:

@@ -61,6 +61,12 @@ def tiling_of(ref: Ref) -> tuple[tuple[int, ...], int]:
     return tiling, swizzle
 
 
+def ref_type(ref: Ref) -> Any:
+    """How code inlined into a kernel takes such a buffer."""
+    tiling, swizzle = tiling_of(ref)
+    return plgpu.RefType((plgpu.TilingTransform(tiling), plgpu.SwizzleTransform(swizzle)))
+
+
 def load(ref: Ref, *, layout: Any = None, optimized: bool = True) -> jax.Array:
     """Loads a reference to global or shared memory into registers.
 

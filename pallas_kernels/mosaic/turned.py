@@ -11,7 +11,7 @@ from jaxlib.mlir import ir
 
 from pallas_kernels.mosaic import interpreter
 from pallas_kernels.mosaic.dialects import arith, llvm
-from pallas_kernels.mosaic.memory import Ref, tiling_of
+from pallas_kernels.mosaic.memory import Ref, ref_type, tiling_of
 
 _ROWS, _SIDE = 64, 8  # of a product's tile; of a square that a warp stores
 _SWIZZLE, _CHUNK = 128, 16  # bytes of a row of a tile; of a square's
@@ -25,11 +25,10 @@ def store_turned(ref: Ref, value: jax.Array) -> None:
     if interpreter.is_interpreting():
         ref[...] = value.T
         return
-    tiling, swizzle = tiling_of(ref)
+    _, swizzle = tiling_of(ref)
     assert swizzle == _SWIZZLE, f"knows tiles of {_SWIZZLE} bytes a row; got {swizzle}"
-    transforms = (plgpu.TilingTransform(tiling), plgpu.SwizzleTransform(swizzle))
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms), plgpu.Layout.WGMMA))
+    @plgpu.inline_mgpu(arg_types=(ref_type(ref), plgpu.Layout.WGMMA))
     def run(_: Any, ref: Any, value: Any) -> None:
         i32 = ir.IntegerType.get_signless(32)
         rows, columns = value.shape

@@ -20,7 +20,7 @@ from jaxlib.mlir import ir
 from pallas_kernels.mosaic import interpreter
 from pallas_kernels.mosaic.dialects import arith, llvm
 from pallas_kernels.mosaic.matrix import Matrix
-from pallas_kernels.mosaic.memory import tiling_of
+from pallas_kernels.mosaic.memory import ref_type, tiling_of
 from pallas_kernels.spec.quantization import from_operand_order
 
 _WARPS, _LANES = 4, 8  # that share the columns of a matrix which is turned
@@ -32,18 +32,18 @@ def widened_rows(x: Matrix) -> jax.Array:
     ((strip, *_),) = x.strips()
     if interpreter.is_interpreting():
         return strip.tiled[...].astype(jnp.float16)
+    rows, columns = strip.tiled.shape
 
     def widen(ref: Any, is_int: bool, swizzle: int) -> Any:
         loaded = _load(ref, is_int, swizzle, fa.WGMMA_LAYOUT_8BIT)
-        rows, columns = loaded.shape
         quads = loaded.registers.reshape(rows // 64, columns // 16, 2)  # halves of rows
         registers = np.empty((rows // 64, columns // 16, 2, 2), dtype=object)
         for row, group, half in np.ndindex(quads.shape):
             low, high = _halves(mgpu_utils.bitcast(quads[row, group, half], _i32()), is_int)
             registers[row, group, :, half] = low, high
-        return registers, (rows, columns)
+        return registers
 
-    return _run(strip.tiled, strip.tiled.shape, widen)
+    return _run(strip.tiled, (rows, columns), widen)
 
 
 def widened_columns(x: Matrix) -> jax.Array:
@@ -76,7 +76,7 @@ def widened_columns(x: Matrix) -> jax.Array:
             for pair in range(at_once // 2):
                 both = _zipped(first, second, pair)
                 registers[pair, group, half, :] = _halves(both, is_int)
-        return registers, (columns, rows)
+        return registers
 
     return _run(strip.tiled, (columns, rows), widen)
 
@@ -101,17 +101,15 @@ def _at_once(columns: int) -> int:
 
 
 def _run(ref: Any, shape: tuple[int, int], widen: Any) -> jax.Array:
-    tiling, swizzle = tiling_of(ref)
-    transforms = (plgpu.TilingTransform(tiling), plgpu.SwizzleTransform(swizzle))
+    _, swizzle = tiling_of(ref)
     result = plgpu.ShapeDtypeStruct(shape, jnp.float16, plgpu.Layout.WGMMA)
     is_int = jnp.issubdtype(ref.dtype, jnp.integer)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(transforms),), return_type=result)
+    @plgpu.inline_mgpu(arg_types=(ref_type(ref),), return_type=result)
     def run(_: Any, ref: Any) -> Any:
-        found, shape = widen(ref, is_int, swizzle)
         layout = fa.WGMMA_LAYOUT
         # By 64 rows, eight columns, halves of rows.
-        registers = found.reshape(layout.registers_shape(shape))
+        registers = widen(ref, is_int, swizzle).reshape(layout.registers_shape(shape))
         return fa.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
     return run(ref)
