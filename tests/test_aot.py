@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import functools
 import json
 import os
@@ -15,12 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxflash
 from bench import aot
 from bench.gpus import GPUS
+from bench.models import generate, one_token
+from bench.models.config import MODELS
 from bench.shapes import Shape, score_matrix_bytes
 from jaxflash import native, tuning
 from jaxflash.arguments import canonicalize
@@ -642,3 +647,26 @@ def test_report_without_disassembler_counts_nothing(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="nvidia-cuda-nvdisasm"):
         aot._read_report(tmp_path / "k_0.ptxas").count("HGMMA")
+
+
+@needs_compiler
+def test_lean_tokens_compile_without_spills() -> None:
+    """A layer's products and attention by Mosaic's kernels, all else by Triton's."""
+    config = dataclasses.replace(MODELS["llama-2-7b"], layers=1)
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    structure = generate.structure_of(config, "hopper")
+    parameters = jax.eval_shape(lambda: generate.random_model(config, None).parameters)
+    caches = jax.eval_shape(lambda: generate.contiguous_caches(config, 1, 2048))
+
+    def extend(parameters: Any, caches: Any, tokens: Any) -> Any:
+        return one_token.extend(nnx.merge(structure, parameters), tokens, caches)
+
+    program = aot.compile_for(extend, parameters, caches, tokens, donated=(1,))
+    names = collections.Counter(kernel.name for kernel in program.kernels)
+    assert names == {"few_rows_kernel": 5, "forward_kernel": 1}
+    for kernel in program.kernels:
+        _assert_fast(kernel)
+        # Before JAX 0.11 Mosaic has no such instruction.
+        if kernel.name == "few_rows_kernel" and jax.__version_info__ >= (0, 11):
+            assert kernel.instructions["UTMAPF.L2.4D"] > 0
+    assert program.temp_bytes < 1e6  # the cache is written in place

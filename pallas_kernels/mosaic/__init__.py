@@ -45,7 +45,7 @@ from pallas_kernels.mosaic.matrix import (
     copy_out,
     copy_rows_in,
 )
-from pallas_kernels.mosaic.memory import Ref, layout_cast, load, store, tiled_smem
+from pallas_kernels.mosaic.memory import Ref, layout_cast, load, prefetch, store, tiled_smem
 from pallas_kernels.mosaic.sums import Sums, add, matrices, put
 from pallas_kernels.mosaic.turned import store_turned
 from pallas_kernels.mosaic.values import (
@@ -115,6 +115,7 @@ __all__ = [
     "matrices",
     "maximum_if_much",
     "opaque",
+    "prefetch",
     "put",
     "scaled_rows",
     "set_max_registers",
