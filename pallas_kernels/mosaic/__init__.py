@@ -63,7 +63,7 @@ from pallas_kernels.mosaic.values import (
     uniform,
     vector_iota,
 )
-from pallas_kernels.mosaic.warps import maximum_if_much, scaled_rows
+from pallas_kernels.mosaic.warps import maximum_if_much, over_rows, scaled_rows
 from pallas_kernels.mosaic.widen import (
     WIDENED_COLUMNS,
     for_widened_rows,
@@ -115,6 +115,7 @@ __all__ = [
     "matrices",
     "maximum_if_much",
     "opaque",
+    "over_rows",
     "prefetch",
     "put",
     "scaled_rows",
