@@ -31,7 +31,7 @@ from bench.models.config import MODELS
 from bench.shapes import Shape, score_matrix_bytes
 from jaxflash import native, tuning
 from jaxflash.arguments import canonicalize
-from pallas_kernels import mosaic, triton
+from pallas_kernels import hopper, mosaic, triton
 from pallas_kernels.common.evaluate import SUPPORTED
 from tests import oracle, small_kernel
 from tests.cases import CASES
@@ -184,11 +184,32 @@ BACKWARDS = {
 @pytest.mark.parametrize("name", BACKWARDS)
 def test_hopper_backward_compiles_without_spills(name: str) -> None:
     """Bias, gradients of slopes, and narrow heads' masks from data spill, see `bench/LOG.md`."""
+    kernel = _backward_kernel(name, native.backward)
+    # A number that is stored when the kernel starts, and loaded once by the producer: in no loop.
+    spilled = 4 if name.startswith("divided-") else 0
+    # The compiler of JAX 0.12 spills one more, loaded six times, where the producer tells of rows.
+    if name in ("lengths", "offset") and jax.__version_info__ >= (0, 12):
+        spilled = 24
+    _assert_fast(kernel, spilled=spilled)
+
+
+@needs_compiler
+@pytest.mark.skipif(not mosaic.Sums.exist(), reason="this JAX has no gradients by the kernel")
+@pytest.mark.parametrize("name", ["window", "tail", "narrow-causal", "wide"])
+def test_hopper_backward_that_rounds_compiles_without_spills(name: str) -> None:
+    def rounding(problem: Any, *arrays: Any) -> Any:
+        config = dataclasses.replace(hopper.BackwardConfig.default(problem), rounds=True)
+        return hopper.backward(problem, *arrays, config)
+
+    _assert_fast(_backward_kernel(name, rounding))
+
+
+def _backward_kernel(name: str, backward: Callable[..., Any]) -> aot.Kernel:
     case = BACKWARDS[name]
 
     def gradients(q: jax.Array, k: jax.Array, v: jax.Array, out: jax.Array, lse: jax.Array) -> Any:
         problem, operands = canonicalize(q, k, v, **(case.options or {}))
-        return native.backward(problem, operands, out, lse, out, lse)
+        return backward(problem, operands, out, lse, out, lse)
 
     Hv = case.Hv or case.H
     q, k, v, out = (
@@ -203,12 +224,7 @@ def test_hopper_backward_compiles_without_spills(name: str) -> None:
     lse = jax.ShapeDtypeStruct(out.shape[:3], jnp.float32)
     (kernel,) = aot.compile_for(gradients, q, k, v, out, lse, gpu="h100").kernels
     assert kernel.name == "backward_kernel"
-    # A number that is stored when the kernel starts, and loaded once by the producer: in no loop.
-    spilled = 4 if name.startswith("divided-") else 0
-    # The compiler of JAX 0.12 spills one more, loaded six times, where the producer tells of rows.
-    if name in ("lengths", "offset") and jax.__version_info__ >= (0, 12):
-        spilled = 24
-    _assert_fast(kernel, spilled=spilled)
+    return kernel
 
 
 def _triton_forms() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:

@@ -290,6 +290,25 @@ def test_deterministic_gradients_are_equal_in_twenty_runs(H: int) -> None:
         assert all(map(jnp.array_equal, run(*operands), first))
 
 
+@needs_gpu
+@pytest.mark.parametrize("H", [64, 80, 128, 256])
+@pytest.mark.parametrize(
+    ("N", "K", "options"),
+    [
+        (8, 8, {}),
+        (8, 8, {"is_causal": True}),
+        (8, 2, {"is_causal": True, "local_window_size": (200, 0)}),
+    ],
+)
+def test_kernel_that_rounds_dq(H: int, N: int, K: int, options: dict[str, Any]) -> None:
+    """Many sections, of lengths that no tile divides; a block that reads too early is found."""
+    q, k, v = (_normal(i, 4, 1001, heads, H) for i, heads in enumerate((N, K, K)))
+    problem, operands = canonicalize(q, k, v, **options)
+    config = dataclasses.replace(hopper.BackwardConfig.default(problem), rounds=True)
+    for seed in range(10):
+        _check_backward(problem, operands, _normal(seed, 4, 1001, N, H), config)
+
+
 def test_backward_config_refuses() -> None:
     with pytest.raises(ValueError, match=r"block_q must be one of \(64, 128\); got 96"):
         hopper.BackwardConfig(block_q=96)

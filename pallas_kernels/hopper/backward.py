@@ -4,7 +4,8 @@ A block takes a tile of keys and visits the tiles of queries that see some of th
 visit: S^T = K Q^T, dP^T = V dO^T, dV += P^T dO, dK += dS^T Q, dQ = dS K. dK and dV stay in the
 registers of two consumer warpgroups until the tile is done (and are then added up, where each head
 of a large group has a block of its own); dQ is added to global memory in float32, by threads, in an
-order of their own that XLA undoes when it rounds the sums.
+order of their own that XLA undoes when it rounds the sums, or the kernel itself
+(`backward_rounding`, an option that is yet to be timed).
 
 How the consumers divide the work: `backward_by_keys` for heads of up to 128 columns,
 `backward_by_columns` for wider ones. What they have in common, the computation of P and dS, is in
@@ -36,6 +37,7 @@ from pallas_kernels.hopper.backward_kernel import (
     BackwardForms,
     divides_groups,
     key_sums,
+    rounds_dq,
     stores_bias,
     sums_bias,
 )
@@ -121,7 +123,10 @@ def backward(
     dbias = mosaic.matrices(rest.pop(0)) if stores_bias(problem) else None
     if "bias" in sums:
         dbias = sums["bias"].total()
-    dq = _from_strips(sums["query"], None if p.deterministic else p.dtype, p.scale)
+    if rounds_dq(problem, c):
+        dq = rest.pop()
+    else:
+        dq = _from_strips(sums["query"], None if p.deterministic else p.dtype, p.scale)
     dq = dq[:, : p.T, :, : p.H]
     if units is not None:
         dq = _from_units(dq, units, lse, delta)
@@ -190,7 +195,7 @@ def _outputs(
 ) -> list[jax.ShapeDtypeStruct]:
     """Of dK and dV unless they are sums, in whole tiles where they are not copied out.
 
-    And of what is stored of a bias, and sums over rows, by key.
+    And of what is stored of a bias, sums over rows, by key, and dQ if the kernel rounds it.
     """
     keys = kv_blocks * c.block_kv
     shapes = [
@@ -206,6 +211,10 @@ def _outputs(
     if names := key_sums(p):
         shape = (len(names), CONSUMERS if c.by_columns else 1, p.B, p.N, keys)
         outputs.append(jax.ShapeDtypeStruct(shape, jnp.float32))
+    if rounds_dq(p, c):
+        of_row = forms.q.columns if c.by_columns else mosaic.copied_columns(forms.q.array_columns)
+        rows = q_blocks * c.block_q if c.by_columns else p.T
+        outputs.append(jax.ShapeDtypeStruct((p.B, rows, p.N, of_row), p.dtype))
     return outputs
 
 

@@ -32,6 +32,7 @@ class BackwardConfig:
     key_stages: int = 1  # 2: the next tile's K comes before this tile is done
     by_columns: bool = False
     divides_groups: bool | None = None  # None: as `divides_groups` finds best
+    rounds: bool = False  # dQ within the kernel, see `backward_rounding`
 
     def __post_init__(self) -> None:
         choices = (ROWS,) if self.by_columns else (ROWS, 2 * ROWS)
@@ -44,6 +45,11 @@ class BackwardConfig:
     def key_groups(self) -> int:
         """Of 64 keys in a tile."""
         return 1 if self.by_columns else CONSUMERS
+
+    @property
+    def numbers(self) -> int:
+        """That roles tell each other, see `Refs.tile_smem`."""
+        return self.key_stages + 1 + 2 * self.stages
 
     @property
     def block_kv(self) -> int:
@@ -108,6 +114,11 @@ def stores_bias(problem: spec.Problem) -> bool:
     return p.operands.bias.shape[:2] == (p.B, p.N)
 
 
+def rounds_dq(problem: spec.Problem, c: BackwardConfig) -> bool:
+    """Whether the kernel rounds dQ: not sums of integers, and not where each block has a slab."""
+    return c.rounds and not problem.deterministic and not mosaic.is_interpreting()
+
+
 def key_sums(problem: spec.Problem) -> tuple[str, ...]:
     """Operands whose gradient comes from sums over the rows of each head, by key."""
     found = {
@@ -142,6 +153,7 @@ class Refs(NamedTuple):
     dk_gmem: mosaic.Ref
     dv_gmem: mosaic.Ref
     sums_gmem: mosaic.Ref | None  # [key sums, 2 if by_columns else 1, B, N, S] float32
+    rounded_gmem: mosaic.Ref | None  # [B, T, N, H]: dQ, where the kernel rounds it
     k_smem: mosaic.Matrix  # [key_stages, key_groups, 64, H]
     v_smem: mosaic.Matrix  # [key_groups, 64, Hv]
     q_smem: mosaic.Matrix  # [stages, block_q, H]
@@ -150,7 +162,8 @@ class Refs(NamedTuple):
     p_smem: mosaic.Matrix  # likewise, if by_columns
     out_smem: mosaic.Matrix  # [consumers, 64, H or Hv]: dV, then dK; unless by_columns
     stats_smem: mosaic.Ref  # [stages, 2 * block_q] float32
-    # [key_stages + 1 + 2 stages] int32: which tiles of keys come next; a number taken; first rows
+    # [numbers] int32: which tiles of keys come next; a number taken; first rows. And two, which
+    # tile of keys a consumer works on, where the kernel rounds dQ.
     tile_smem: mosaic.Ref
     k_full: mosaic.Ref  # [key_stages]
     k_free: mosaic.Ref  # [key_stages]
@@ -212,7 +225,7 @@ class BackwardForms(NamedTuple):
                 else {"out_smem": self.k.smem(CONSUMERS, dtype=dtype)}
             ),
             "stats_smem": mosaic.SMEM((c.stages, 2 * c.block_q), jnp.float32),
-            "tile_smem": mosaic.SMEM((c.key_stages + 1 + 2 * c.stages,), jnp.int32),
+            "tile_smem": mosaic.SMEM((c.numbers + CONSUMERS * rounds_dq(p, c),), jnp.int32),
             "k_full": mosaic.Barrier(num_barriers=c.key_stages, num_arrivals=of_k + 1),
             "k_free": mosaic.Barrier(num_barriers=c.key_stages, num_arrivals=CONSUMERS),
             "v_full": mosaic.Barrier(num_arrivals=of_v),
@@ -243,6 +256,7 @@ class BackwardForms(NamedTuple):
         found.update(dk_gmem=next(given), dv_gmem=next(given))
         found["dbias_gmem"] = next(given) if stored else found["dbias_gmem"]
         found["sums_gmem"] = next(given) if key_sums(p) else None
+        found["rounded_gmem"] = next(given) if rounds_dq(p, c) else None
         found.update(p_smem=None, out_smem=None)
         for name, kind in self.scratch(p, c).items():
             ref = next(given)
@@ -277,6 +291,10 @@ class Backward(Kernel):
         if not self.adds_keys:
             return KeyWork(work.batch, work.head, kv_block, None)
         return KeyWork(work.batch, lax.div(work.head, self.problem.G), kv_block, work.head)
+
+    @property
+    def takes_first(self) -> bool:
+        return rounds_dq(self.problem, self.config)
 
     @property
     def members(self) -> int:

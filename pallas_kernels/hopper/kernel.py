@@ -210,6 +210,14 @@ class Kernel:
         return False
 
     @property
+    def takes_first(self) -> bool:
+        """Whether a block takes its first tile as it takes the others: none has one before it runs.
+
+        Blocks that run may then wait for tiles that others have. It costs the time of one access.
+        """
+        return False
+
+    @property
     def masks(self) -> bool:
         """Whether some visit needs a mask."""
         return visits.needs_masks(self.problem, self.config.block_kv)

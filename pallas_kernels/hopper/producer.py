@@ -41,21 +41,24 @@ def each_tile(k: Kernel, ticket: mosaic.Ref, load: Callable[[Any, Any, Any], Any
     It is given how many tiles there have been, how many visits, and the tile; and returns how many
     visits it made. Returns the first two, and a tile beyond the last.
     """
-    block, zero = lax.axis_index("block"), jnp.int32(0)
+    block, zero, blocks = lax.axis_index("block"), jnp.int32(0), k.blocks
     if k.one_tile_each:  # no numbers to take, nor a counter to zero beforehand
         return jnp.int32(1), load(zero, zero, block), block + k.schedule.tiles
     counter = mosaic.counter()
 
+    def take() -> Any:
+        mosaic.take_number(counter, ticket, blocks)
+        mosaic.commit_smem()
+        return mosaic.uniform(ticket[0])
+
     def one(carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         round_, step, tile = carry
         count = load(round_, step, tile)
-        mosaic.take_number(counter, ticket, k.blocks)
-        mosaic.commit_smem()
-        return round_ + 1, step + count, k.blocks + mosaic.uniform(ticket[0])
+        return round_ + 1, step + count, (0 if k.takes_first else blocks) + take()
 
     if mosaic.is_interpreting():
-        ticket[0] = block - k.blocks
-    start = (zero, zero, block)
+        ticket[0] = block - blocks
+    start = (zero, zero, take() if k.takes_first else block)
     return lax.while_loop(lambda carry: carry[2] < k.schedule.tiles, one, start)
 
 

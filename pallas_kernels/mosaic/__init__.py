@@ -24,7 +24,7 @@ from jax.experimental.pallas.mosaic_gpu import (
     wait_smem_to_gmem,
 )
 
-from pallas_kernels.mosaic.atomic import counter, take_number
+from pallas_kernels.mosaic.atomic import count_up, counter, counters, take_number, wait_count
 from pallas_kernels.mosaic.gather import gather
 from pallas_kernels.mosaic.interpreter import RaceError, interpreting, is_interpreting
 from pallas_kernels.mosaic.launch import compiler_params, kernel
@@ -46,7 +46,7 @@ from pallas_kernels.mosaic.matrix import (
     copy_rows_in,
 )
 from pallas_kernels.mosaic.memory import Ref, layout_cast, load, prefetch, store, tiled_smem
-from pallas_kernels.mosaic.sums import Sums, add, matrices, put
+from pallas_kernels.mosaic.sums import Sums, add, fetch, matrices, put
 from pallas_kernels.mosaic.turned import store_turned
 from pallas_kernels.mosaic.values import (
     fold_parts,
@@ -95,7 +95,10 @@ __all__ = [
     "copy_out",
     "copy_rows_in",
     "copy_smem_to_gmem",
+    "count_up",
     "counter",
+    "counters",
+    "fetch",
     "fold_parts",
     "for_widened_rows",
     "from_widened_columns",
@@ -133,6 +136,7 @@ __all__ = [
     "tiled_smem",
     "uniform",
     "vector_iota",
+    "wait_count",
     "wait_smem_to_gmem",
     "widened_columns",
     "widened_rows",

@@ -1,4 +1,4 @@
-"""A counter in global memory that blocks take numbers from."""
+"""Counters in global memory: that blocks take numbers from, and that tell what others have done."""
 
 from __future__ import annotations
 
@@ -21,6 +21,58 @@ def counter() -> Ref | None:
         return None
     # A semaphore is the one thing in global memory that Pallas zeroes before each launch.
     return pl.get_global(plgpu.SemaphoreType.REGULAR)
+
+
+def counters(number: int) -> Ref:
+    """So many likewise, for `count_up` and `wait_count`; not interpreted."""
+    return pl.get_global(plgpu.SemaphoreType.REGULAR((number,)))
+
+
+def count_up(counter: Ref) -> None:
+    """Raises a counter by one, once what this warpgroup has stored and added is there for all."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def run(_: Any, counter: Any) -> None:
+        _instruct([], "fence.acq_rel.gpu;", "~{memory}")
+        mgpu_utils.warpgroup_barrier()
+        one = mgpu_utils.single_thread_predicate(mgpu_utils.ThreadSubset.WARPGROUP)
+        with ir.InsertionPoint(scf.IfOp(one).then_block):
+            _instruct(
+                [mgpu_utils.memref_ptr(counter)],
+                "red.release.gpu.global.add.u32 [$0], 1;",
+                "l,~{memory}",
+            )
+            scf.yield_([])
+
+    run(counter)
+
+
+def wait_count(counter: Ref, value: int) -> None:
+    """Waits until a counter is as high; this warpgroup then sees what was there for all before."""
+    wait = """{
+        .reg .pred p;
+        .reg .u32 t;
+        WAIT: ld.acquire.gpu.global.u32 t, [$0];
+        setp.lt.u32 p, t, $1;
+        @p bra WAIT;
+    }"""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def run(_: Any, counter: Any) -> None:
+        one = mgpu_utils.single_thread_predicate(mgpu_utils.ThreadSubset.WARPGROUP)
+        with ir.InsertionPoint(scf.IfOp(one).then_block):
+            limit = mgpu_utils.c(value, ir.IntegerType.get_signless(32))
+            _instruct([mgpu_utils.memref_ptr(counter), limit], wait, "l,r,~{memory}")
+            scf.yield_([])
+        mgpu_utils.warpgroup_barrier()
+
+    run(counter)
+
+
+def _instruct(operands: list[Any], instructions: str, constraints: str) -> None:
+    llvm.inline_asm(
+        ir.Type.parse("!llvm.void"), operands, instructions, constraints, has_side_effects=True
+    )
 
 
 def take_number(

@@ -25,6 +25,7 @@ _ROWS = (4, 2, 8)
 _BY_VECTOR, _BY_ELEMENT = (0, 1, 3, 2, 5, 4, 6), (0, 1, 3, 4, 6, 2, 5)
 _LANES, _AT_ONCE, _VECTOR_BYTES = 32, 4, 16
 _ADD_FOUR = "red.relaxed.gpu.global.add.v4.f32 [$0], {$1, $2, $3, $4};"
+_LOAD_FOUR = "ld.relaxed.gpu.global.v4.f32 {$0, $1, $2, $3}, [$4];"
 _STORE_FOUR = "st.global.v4.b32 [$0], {$1, $2, $3, $4};"
 _ADD_ROUNDED = "{ .reg .s32 t; cvt.rni.s32.f32 t, $1; red.relaxed.gpu.global.add.s32 [$0], t; }"
 
@@ -130,6 +131,36 @@ def add(sum_: Ref, value: jax.Array) -> None:
     run(sum_, value)
 
 
+def fetch(sum_: Ref, width: int) -> jax.Array:
+    """A float32 matrix [64, width] that has been added up, see `add`; not interpreted.
+
+    All additions must be there for this warpgroup: see `wait_count`.
+    """
+    shape = _HEIGHT, width
+    result = plgpu.ShapeDtypeStruct(shape, jnp.float32, plgpu.Layout.WGMMA)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=result)
+    def run(_: Any, sum_: Any) -> Any:
+        f32, layout = ir.F32Type.get(), fa.WGMMA_LAYOUT
+        registers = np.empty(layout.registers_shape(shape), dtype=object)
+        places = _placed(registers)
+        base = _start(mgpu_utils.memref_ptr(sum_), _LANES * 2 * len(places), _AT_ONCE)
+        four = ir.Type.parse(f"!llvm.struct<({', '.join(_AT_ONCE * ['f32'])})>")
+        pair = ir.VectorType.get((2,), f32)
+        for start in range(0, 2 * len(places), _AT_ONCE):
+            place = mgpu_utils.getelementptr(base, [start * _LANES], f32)
+            found = llvm.inline_asm(
+                four, [place], _LOAD_FOUR, "=f,=f,=f,=f,l", has_side_effects=True
+            )
+            elements = [llvm.extractvalue(f32, found, [i]) for i in range(_AT_ONCE)]
+            for i in range(0, _AT_ONCE, 2):
+                both = vector.from_elements(pair, elements[i : i + 2])
+                registers[places[(start + i) // 2]] = both
+        return fa.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    return run(sum_)
+
+
 def _start(base: Any, words: int, at_once: int) -> Any:
     """Where a thread begins to write, of 32-bit words of which each warp has so many."""
     i32 = ir.IntegerType.get_signless(32)
@@ -160,6 +191,10 @@ def _elements(value: Any) -> list[Any]:
 
 
 def _registers(value: Any) -> list[tuple[int, ...]]:
+    return _placed(value.registers)
+
+
+def _placed(registers: np.ndarray) -> list[tuple[int, ...]]:
     """Where a thread's registers are, by half, then by column."""
     steps = [
         fa.WGMMA_LAYOUT.tiling.tile_strides(tuple(int(i == axis) for i in range(2)))
@@ -167,6 +202,6 @@ def _registers(value: Any) -> list[tuple[int, ...]]:
     ]
     placed = sorted(
         ((int(np.dot(at, steps[0])), int(np.dot(at, steps[1]))), at)
-        for at in np.ndindex(value.registers.shape)
+        for at in np.ndindex(registers.shape)
     )
     return [at for _, at in placed]
