@@ -132,9 +132,10 @@ def products(
         @pl.when(lax.axis_index("warpgroup") == _PRODUCER)
         def _() -> None:
             mosaic.set_max_registers(_REGISTERS[1], action="decrease")
-            _produce(r, plan, blocks, of_tile.copies + of_x.copies)
+            steps = _produce(r, plan, blocks)
             if following:
                 _ask_for(r, Plan.of(following, blocks), ahead)
+            _drain(r, steps)
 
     columns = _TILE * sum(plan.columns)
     call = mosaic.kernel(
@@ -153,8 +154,8 @@ def products(
     return call(in_tiles(x), *map(in_tiles, matrices), *map(in_tiles, following))
 
 
-def _produce(r: Refs, plan: Plan, blocks: int, copies: int) -> None:
-    """Copies tiles of X and of a matrix into the ring, unit by unit."""
+def _produce(r: Refs, plan: Plan, blocks: int) -> Any:
+    """Copies tiles of X and of a matrix into the ring, unit by unit; returns how many."""
 
     def copy(unit: Any, row: Any, step: Any) -> None:
         _, column, _, _ = plan.unit(unit)
@@ -178,7 +179,11 @@ def _produce(r: Refs, plan: Plan, blocks: int, copies: int) -> None:
         lax.fori_loop(first, stop, lambda row, _: copy(number, row, step + row - first), None)
         return step + stop - first
 
-    steps = lax.fori_loop(0, _rounds(plan, blocks), unit, jnp.int32(0))
+    return lax.fori_loop(0, _rounds(plan, blocks), unit, jnp.int32(0))
+
+
+def _drain(r: Refs, steps: Any) -> None:
+    """Waits until the consumer is done with the last tiles."""
 
     @pl.loop(jnp.maximum(steps - _STAGES, 0), steps)
     def _(step: Any) -> None:
