@@ -195,7 +195,7 @@ def test_hopper_backward_compiles_without_spills(name: str) -> None:
 
 @needs_compiler
 @pytest.mark.skipif(not mosaic.Sums.exist(), reason="this JAX has no gradients by the kernel")
-@pytest.mark.parametrize("name", ["window", "tail", "narrow-causal", "wide"])
+@pytest.mark.parametrize("name", ["window", "wide"])
 def test_hopper_backward_that_rounds_compiles_without_spills(name: str) -> None:
     def rounding(problem: Any, *arrays: Any) -> Any:
         config = dataclasses.replace(hopper.BackwardConfig.default(problem), rounds=True)
@@ -455,7 +455,7 @@ def test_hopper_decode_compiles_without_spills(name: str) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["narrow", "fp8", "fp8-narrow", "int8"])
+@pytest.mark.parametrize("name", ["fp8", "fp8-narrow"])
 def test_hopper_decode_with_divided_keys_compiles_without_spills(name: str) -> None:
     of_decode = importlib.import_module("pallas_kernels.hopper.decode")
     chosen = of_decode.decode_config
