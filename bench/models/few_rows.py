@@ -23,14 +23,14 @@ from jax import lax
 from jaxflash import device
 from pallas_kernels import mosaic
 from pallas_kernels.hopper import gpu
+from pallas_kernels.hopper.kernel import divide, drain
 
 MOST_ROWS = 8  # the fewest columns of a product
 _TILE = 128  # rows and columns of a matrix
 _STAGES = 6
 _MOST_SHARES = 8
 _COST_OF_UNIT = 1  # in tiles
-_CONSUMER, _PRODUCER = 0, 1
-_REGISTERS = 160, 40
+_REGISTERS = 160, 40  # of the thread that multiplies, and of the one that copies
 
 
 class Plan(NamedTuple):
@@ -124,18 +124,13 @@ def products(
         x_ring, ring = mosaic.Matrix.of(x_smem), mosaic.Matrix.of(tile_smem)
         r = Refs(x_gmem, own, later, out, x_ring, ring, full, free)
 
-        @pl.when(lax.axis_index("warpgroup") == _CONSUMER)
-        def _() -> None:
-            mosaic.set_max_registers(_REGISTERS[0], action="increase")
-            _consume(r, plan, blocks)
-
-        @pl.when(lax.axis_index("warpgroup") == _PRODUCER)
-        def _() -> None:
-            mosaic.set_max_registers(_REGISTERS[1], action="decrease")
+        def produce() -> None:
             steps = _produce(r, plan, blocks)
             if following:
                 _ask_for(r, Plan.of(following, blocks), ahead)
-            _drain(r, steps)
+            drain(steps, _STAGES, r.free)
+
+        divide(1, _REGISTERS, lambda: _consume(r, plan, blocks), produce)
 
     columns = _TILE * sum(plan.columns)
     call = mosaic.kernel(
@@ -157,8 +152,7 @@ def products(
 def _produce(r: Refs, plan: Plan, blocks: int) -> Any:
     """Copies tiles of X and of a matrix into the ring, unit by unit; returns how many."""
 
-    def copy(unit: Any, row: Any, step: Any) -> None:
-        _, column, _, _ = plan.unit(unit)
+    def copy(column: Any, row: Any, step: Any) -> None:
         stage = lax.rem(step, _STAGES)
         pl.when(step >= _STAGES)(lambda: mosaic.barrier_wait(r.free.at[stage]))
         # Opaque: there may be fewer rows.
@@ -175,19 +169,11 @@ def _produce(r: Refs, plan: Plan, blocks: int) -> Any:
 
     def unit(round_: Any, step: Any) -> Any:
         number = lax.axis_index("block") + round_ * blocks
-        _, _, first, stop = plan.unit(number)
-        lax.fori_loop(first, stop, lambda row, _: copy(number, row, step + row - first), None)
+        _, column, first, stop = plan.unit(number)
+        lax.fori_loop(first, stop, lambda row, _: copy(column, row, step + row - first), None)
         return step + stop - first
 
     return lax.fori_loop(0, _rounds(plan, blocks), unit, jnp.int32(0))
-
-
-def _drain(r: Refs, steps: Any) -> None:
-    """Waits until the consumer is done with the last tiles."""
-
-    @pl.loop(jnp.maximum(steps - _STAGES, 0), steps)
-    def _(step: Any) -> None:
-        mosaic.barrier_wait(r.free.at[lax.rem(step, _STAGES)])
 
 
 def _ask_for(r: Refs, plan: Plan, ahead: int) -> None:

@@ -8,6 +8,7 @@ to the residual stream and normalise it, and one that rotates and appends. The r
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Sequence
@@ -65,8 +66,9 @@ def extend(
     found = []
     firsts = [*(_first(block) for block in model.blocks[1:]), [_matrix(model.ends.head)]]
     for block, cache, following in zip(model.blocks, caches, firsts, strict=True):
-        stream, key, value = _block(block, stream, cache, turns, held.lengths, lengths, following)
-        found.append(jaxflash.KVCache(key, value, lengths))
+        own = dataclasses.replace(cache, lengths=held.lengths)
+        stream, extended = _block(block, stream, own, turns, lengths, following)
+        found.append(extended)
     _, normed = add_and_norm(stream, model.ends.norm)
     shares = few_rows.products(normed, [_matrix(model.ends.head)], _first(model.blocks[0]))
     return jnp.sum(shares, axis=0).astype(normed.dtype).astype(jnp.float32), tuple(found)
@@ -77,26 +79,23 @@ def _block(
     stream: Stream,
     cache: jaxflash.KVCache,
     turns: tuple[jax.Array, jax.Array],
-    held: jax.Array,
-    lengths: jax.Array,
+    lengths: jax.Array,  # with the new token
     following: Sequence[jax.Array],
-) -> tuple[Stream, jax.Array, jax.Array]:
-    """What a layer adds to the stream, and its keys and values with the new token's."""
+) -> tuple[Stream, jaxflash.KVCache]:
+    """What a layer adds to the stream, and its cache with the new token."""
     attention, mlp = block.attention, block.mlp
     out, down = _matrix(attention.out), _matrix(mlp.down)
     x, normed = add_and_norm(stream, block.attention_norm)
     shares = few_rows.products(normed, _first(block), [out])
-    query, key, value = rotate_and_append(shares, turns, held, cache.key, cache.value)
-    core = attention.core
-    attended = core.over_cache(
-        query[:, None], jaxflash.KVCache(key, value, lengths), sinks=None, counts=None
-    )
+    query, key, value = rotate_and_append(shares, turns, cache.lengths, cache.key, cache.value)
+    extended = jaxflash.KVCache(key, value, lengths)
+    attended = attention.core.over_cache(query[:, None], extended, sinks=None, counts=None)
     expanding = [_matrix(mlp.gate), _matrix(mlp.up)]
     rows = attended.reshape(len(x), -1)
     x, normed = add_and_norm(Stream(x, few_rows.products(rows, [out], expanding)), block.mlp_norm)
     both = jnp.sum(few_rows.products(normed, expanding, [down]), axis=0).astype(x.dtype)
     gate, up = jnp.split(both, 2, axis=-1)
-    return Stream(x, few_rows.products(nnx.silu(gate) * up, [down], following)), key, value
+    return Stream(x, few_rows.products(nnx.silu(gate) * up, [down], following)), extended
 
 
 def _turns(rope: jaxflash.Rope | None, cache: jaxflash.KVCache) -> tuple[jax.Array, jax.Array]:

@@ -197,14 +197,14 @@ def _outputs(
 
     And of what is stored of a bias, sums over rows, by key, and dQ if the kernel rounds it.
     """
-    keys = kv_blocks * c.block_kv
-    shapes = [
-        (p.B, keys, p.K, form.columns)
-        if c.by_columns
-        else (p.B, p.S, p.K, mosaic.copied_columns(form.array_columns))
-        for form in (forms.k, forms.v)
-    ]
-    outputs = [] if adds_keys else [jax.ShapeDtypeStruct(shape, p.dtype) for shape in shapes]
+    rows, keys = q_blocks * c.block_q, kv_blocks * c.block_kv
+
+    def like(form: mosaic.Form, tokens: int, in_tiles: int, heads: int) -> jax.ShapeDtypeStruct:
+        copied = tokens, heads, mosaic.copied_columns(form.array_columns)
+        stored = in_tiles, heads, form.columns
+        return jax.ShapeDtypeStruct((p.B, *(stored if c.by_columns else copied)), p.dtype)
+
+    outputs = [] if adds_keys else [like(form, p.S, keys, p.K) for form in (forms.k, forms.v)]
     if stores_bias(p):
         shape = (*_bias_tiles(p, c, q_blocks, kv_blocks), ROWS * c.bias_width)
         outputs.append(jax.ShapeDtypeStruct(shape, p.operands.bias.dtype))
@@ -212,9 +212,7 @@ def _outputs(
         shape = (len(names), CONSUMERS if c.by_columns else 1, p.B, p.N, keys)
         outputs.append(jax.ShapeDtypeStruct(shape, jnp.float32))
     if rounds_dq(p, c):
-        of_row = forms.q.columns if c.by_columns else mosaic.copied_columns(forms.q.array_columns)
-        rows = q_blocks * c.block_q if c.by_columns else p.T
-        outputs.append(jax.ShapeDtypeStruct((p.B, rows, p.N, of_row), p.dtype))
+        outputs.append(like(forms.q, p.T, rows, p.N))
     return outputs
 
 

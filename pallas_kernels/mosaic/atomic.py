@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax.experimental.pallas as pl
@@ -35,14 +37,12 @@ def count_up(counter: Ref) -> None:
     def run(_: Any, counter: Any) -> None:
         _instruct([], "fence.acq_rel.gpu;", "~{memory}")
         mgpu_utils.warpgroup_barrier()
-        one = mgpu_utils.single_thread_predicate(mgpu_utils.ThreadSubset.WARPGROUP)
-        with ir.InsertionPoint(scf.IfOp(one).then_block):
+        with _one_thread():
             _instruct(
                 [mgpu_utils.memref_ptr(counter)],
                 "red.release.gpu.global.add.u32 [$0], 1;",
                 "l,~{memory}",
             )
-            scf.yield_([])
 
     run(counter)
 
@@ -59,14 +59,25 @@ def wait_count(counter: Ref, value: int) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def run(_: Any, counter: Any) -> None:
-        one = mgpu_utils.single_thread_predicate(mgpu_utils.ThreadSubset.WARPGROUP)
-        with ir.InsertionPoint(scf.IfOp(one).then_block):
+        with _one_thread():
             limit = mgpu_utils.c(value, ir.IntegerType.get_signless(32))
             _instruct([mgpu_utils.memref_ptr(counter), limit], wait, "l,r,~{memory}")
-            scf.yield_([])
         mgpu_utils.warpgroup_barrier()
 
     run(counter)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """What follows is for one thread of the warpgroup.
+
+    Not Mosaic's own single_thread(): it keeps what it knows in a global variable, which kernels
+    traced in other threads change.
+    """
+    one = mgpu_utils.single_thread_predicate(mgpu_utils.ThreadSubset.WARPGROUP)
+    with ir.InsertionPoint(scf.IfOp(one).then_block):
+        yield
+        scf.yield_([])
 
 
 def _instruct(operands: list[Any], instructions: str, constraints: str) -> None:
@@ -91,10 +102,7 @@ def take_number(
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
     def take(_: Any, counter: Any, ticket: Any) -> None:
-        # Not Mosaic's own single_thread(): it keeps what it knows in a global variable, which
-        # kernels traced in other threads change.
-        one = mgpu_utils.single_thread_predicate(mgpu_utils.ThreadSubset.WARPGROUP)
-        with ir.InsertionPoint(scf.IfOp(one).then_block):
+        with _one_thread():
             number = llvm.inline_asm(
                 ir.IntegerType.get_signless(32),
                 [mgpu_utils.memref_ptr(counter)],
@@ -103,6 +111,5 @@ def take_number(
                 has_side_effects=True,
             )
             memref.store(number, ticket, [mgpu_utils.c(0, ir.IndexType.get())])
-            scf.yield_([])
 
     take(counter, ticket)

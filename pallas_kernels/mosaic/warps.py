@@ -109,7 +109,7 @@ def over_rows(x: jax.Array, meeting: Ref, combine: Any) -> jax.Array:
             for tile in tiles
         ]
         for tile, place in zip(tiles, places, strict=True):
-            of_warp = _reduced(pairs[:, tile].ravel(), operation)
+            of_warp = functools.reduce(operation, pairs[:, tile].flat)
             vector.store(_over_lanes(of_warp, operation), meeting, [index(warp), place])
         mgpu_utils.warpgroup_barrier()
         layout = fa.WGMMA_COL_LAYOUT
@@ -123,15 +123,11 @@ def over_rows(x: jax.Array, meeting: Ref, combine: Any) -> jax.Array:
                 )
                 for i in range(_WARPS)
             ]
-            registers[tile] = _reduced(of_warps, operation)
+            registers[tile] = functools.reduce(operation, of_warps)
         registers = registers.reshape(layout.registers_shape((columns,)))
         return fa.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
     return run(x, meeting)
-
-
-def _reduced(values: Iterable[Any], operation: Any) -> Any:
-    return functools.reduce(operation, values)
 
 
 def _over_lanes(pair: Any, operation: Any) -> Any:
