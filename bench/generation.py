@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,7 +11,6 @@ import jax.numpy as jnp
 
 import jaxflash
 from bench import cli, decode, results, seed
-from bench.models import one_token
 from bench.models.config import MODELS, Config
 from bench.models.generate import Caches, Model, contiguous_caches, random_model, structure_of
 from bench.models.generate import decode as decode_steps
@@ -21,7 +19,6 @@ from bench.throughput import attention_of
 
 SUMMARY = "Tokens a second in generation: Llama 2 7B by context, GPT-2, GPT-J and GPT-NeoX."
 _STEPS = 128
-_LEAN = "lean"
 _TINY = Config("tiny", 64, 32, 2, 4, 48, positions=4096)
 
 
@@ -57,11 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs, prints and writes the table."""
     parser = cli.model_parser("generation", SUMMARY)
     parser.add_argument("--only", nargs="+", metavar="WORD", help="rows that contain a word")
-    parser.add_argument(
-        "--attention",
-        nargs="+",
-        help="default: ours and jax.nn's; lean: ours, and one_token's kernels for all else",
-    )
+    parser.add_argument("--attention", nargs="+", help="default: ours and jax.nn's")
     options = parser.parse_args(argv)
     device = jax.devices()[0]
     names = options.attention or ["jaxflash", "standard"]
@@ -78,10 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         assert model is not None
         rates, reasons = {}, {}
         for name in names:
-            attention = attention_of("jaxflash" if name == _LEAN else name)
-            own = Model(structure_of(p.config, attention), model.parameters)
-            decode_by = functools.partial(decoding, lean=name == _LEAN)
-            for kind, measure in (("decode", decode_by), ("prefill", prefilling)):
+            own = Model(structure_of(p.config, attention_of(name)), model.parameters)
+            for kind, measure in (("decode", decoding), ("prefill", prefilling)):
                 try:
                     rates[name, kind] = measure(own, p)
                 except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
@@ -125,17 +116,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def decoding(model: Model, p: Problem, *, lean: bool) -> float:
+def decoding(model: Model, p: Problem) -> float:
     """Tokens a second, up to the context."""
     caches = _filled(p, p.context - 2 * _STEPS)
-    if lean and not one_token.is_for(p.config, caches):
-        raise NotImplementedError("the lean step is for models like Llama")
     logits = jnp.zeros((1, p.config.vocabulary), jnp.float32)
     seconds = 0.0
     for _ in range(2):  # the first compiles
         start = time.perf_counter()
         tokens, logits, caches = jax.block_until_ready(
-            decode_steps(*model, caches, logits, jax.random.key(0), _STEPS, lean=lean)
+            decode_steps(*model, caches, logits, jax.random.key(0), _STEPS)
         )
         seconds = time.perf_counter() - start
     assert tokens.shape == (1, _STEPS)

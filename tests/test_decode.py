@@ -212,37 +212,6 @@ def _attend(call: Call, backend: Any) -> tuple[jax.Array, jax.Array]:
 @pytest.mark.parametrize(("backend", "call"), _runs())
 def test_out_and_lse(backend: str, call: Call) -> None:
     """Against dot_product_attention of each sequence's own tokens, in float32."""
-    _check(backend, call)
-
-
-@pytest.mark.skipif(not (ON_GPU or INTERPRETS), reason="kernels are not interpreted with this JAX")
-@pytest.mark.parametrize("backend", [pytest.param("hopper", marks=marks("hopper"))])
-@pytest.mark.parametrize("blocks", [2, 132])
-@pytest.mark.parametrize(
-    "name",
-    ["alibi_and_sinks", "fp8_pages_everything", "fp8_pages", "int8_pages"],
-)
-def test_two_consumers_that_divide_keys(
-    backend: str, name: str, blocks: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Blocks with one tile of queries each, and with several, one after the other."""
-    chosen, found = hopper_decode.decode_config, []
-
-    def divided(problem: Any) -> Any:
-        config = chosen(problem)
-        assert config.turned
-        found.append(dataclasses.replace(config, consumers=2, block_kv=128, stages=2))
-        return found[-1]
-
-    monkeypatch.setattr(hopper_decode, "decode_config", divided)
-    monkeypatch.setattr(hopper_decode.gpu, "multiprocessors", lambda device: blocks)
-    jax.clear_caches()  # what was traced does not know of it
-    _check(backend, next(call for call in CALLS if call.name == name))
-    jax.clear_caches()
-    assert found
-
-
-def _check(backend: str, call: Call) -> None:
     query, key, value = _arrays(call)
     out, lse = _attend(call, backend)
     assert out.dtype == query.dtype

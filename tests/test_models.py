@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from bench.models import few_rows, one_token, serving, training
+from bench.models import serving, training
 from bench.models.config import MODELS, Config
 from bench.models.decoder import Attention, Decoder
 from bench.models.generate import (
@@ -24,8 +24,6 @@ from bench.models.generate import (
     sample,
     structure_of,
 )
-from pallas_kernels import mosaic
-from tests.test_conformance import INTERPRETS
 
 pytestmark = pytest.mark.bench
 
@@ -185,65 +183,3 @@ def test_serving_answers_as_each_request_alone(pages: int | None) -> None:
         np.testing.assert_array_equal(answer, alone[0, : request.tokens])
     with pytest.raises(ValueError, match="exceeds the capacity"):
         server.serve([serving.Request(requests[0].prompt, 40)])
-
-
-@pytest.mark.kernel
-@pytest.mark.skipif(not INTERPRETS, reason="kernels are not interpreted with this JAX")
-@pytest.mark.parametrize(
-    ("rows", "inputs", "outputs", "blocks"),
-    [
-        (1, 512, (256, 128), 3),  # units of shares, which blocks have several of
-        (3, 384, (1024,), 3),
-        (8, 256, (128, 128, 256), 5),
-        (2, 128, (128,), 2),  # a block without work
-    ],
-)
-def test_products_of_few_rows(
-    rows: int, inputs: int, outputs: tuple[int, ...], blocks: int
-) -> None:
-    keys = jax.random.split(jax.random.key(0), 1 + len(outputs))
-    x = jax.random.normal(keys[0], (rows, inputs), jnp.bfloat16)
-    matrices = [
-        jax.random.normal(key, (inputs, size), jnp.bfloat16)
-        for key, size in zip(keys[1:], outputs, strict=True)
-    ]
-    with mosaic.interpreting():
-        shares = few_rows.products(x, matrices, matrices[:1], blocks=blocks)
-    want = _product(x, jnp.concatenate(matrices, axis=1))
-    np.testing.assert_allclose(jnp.sum(shares, axis=0), want, atol=1e-3)
-
-
-def _product(x: jax.Array, matrix: jax.Array) -> jax.Array:
-    return x.astype(jnp.float32) @ matrix.astype(jnp.float32)
-
-
-def test_lean_tokens_are_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All kernels but the products, which the test above has; a full cache keeps its tokens."""
-
-    def products(x: jax.Array, matrices: Any, following: Any) -> jax.Array:
-        assert all(len(matrix) % 128 == 0 for matrix in following)
-        return jnp.stack([_product(x, jnp.concatenate(matrices, axis=1)) * f for f in (0.25, 0.75)])
-
-    monkeypatch.setattr(few_rows, "products", products)
-    sizes = {"vocabulary": 256, "width": 384, "hidden": 512, "heads": 6, "kv_heads": 2}
-    config = dataclasses.replace(MODELS["llama-2-7b"], layers=2, **sizes)
-    model = random_model(config, None)
-    prompts, counts = jnp.array([[5, 9, 2, 7], [8, 3, 1, 4]]), jnp.array([4, 2], jnp.int32)
-    _, caches = prefill(*model, contiguous_caches(config, 2, 4), prompts, counts)
-    assert not one_token.is_for(config, caches)  # there is no GPU for it
-
-    @jax.jit
-    def both(parameters: Any, caches: Any) -> Any:
-        decoder, token = nnx.merge(model.structure, parameters), jnp.array([[11], [12]])
-        return decoder.extend(token, caches), one_token.extend(decoder, token, caches)
-
-    (want, filled), (found, own) = both(model.parameters, caches)
-    np.testing.assert_allclose(found[1], want[1], atol=0.1)
-    for ours, theirs in zip(own, filled, strict=True):
-        assert ours.lengths.tolist() == theirs.lengths.tolist() == [4, 3]
-        for x, y in ((ours.key, theirs.key), (ours.value, theirs.value)):
-            np.testing.assert_allclose(*(z.astype(jnp.float32) for z in (x, y)), atol=0.05)
-    with mosaic.interpreting():  # as if there were one
-        assert one_token.is_for(config, caches)
-        assert not one_token.is_for(dataclasses.replace(config, mlp_bias=True), caches)
-        assert not one_token.is_for(MODELS["gpt-j-6b"], caches)

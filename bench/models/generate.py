@@ -11,7 +11,6 @@ from flax import nnx
 from jax import lax
 
 import jaxflash
-from bench.models import one_token
 from bench.models.config import Config
 from bench.models.decoder import Attention, Cache, Decoder
 
@@ -90,13 +89,7 @@ def prefill(
 _MERGED = {"xla_gpu_dot_merger_threshold_mb": 1024}
 
 
-@functools.partial(
-    jax.jit,
-    static_argnums=(0, 5),
-    static_argnames="lean",
-    donate_argnums=2,
-    compiler_options=_MERGED,
-)
+@functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=2, compiler_options=_MERGED)
 def decode(
     structure: Any,
     parameters: Any,
@@ -105,21 +98,18 @@ def decode(
     key: jax.Array,
     steps: int,
     temperature: float | jax.Array = 0.0,
-    *,
-    lean: bool = False,
 ) -> tuple[jax.Array, jax.Array, Caches]:
-    """So many tokens after logits [B, vocabulary]; ``lean`` computes them by `one_token`.
+    """So many tokens after logits [B, vocabulary].
 
     Returns:
       Tokens int32 [B, steps], the logits after them, and the caches.
     """
     model = nnx.merge(structure, parameters)
-    extend = functools.partial(one_token.extend, model) if lean else model.extend
 
     def step(state: tuple[jax.Array, Caches], key: jax.Array) -> Any:
         logits, caches = state
         token = sample(logits, key, temperature)
-        return extend(token[:, None], caches), token
+        return model.extend(token[:, None], caches), token
 
     (logits, caches), tokens = lax.scan(step, (logits, caches), jax.random.split(key, steps))
     return tokens.T, logits, caches

@@ -16,7 +16,6 @@ REGISTERS = {
     3: ((160, 32), (152, 56)),
     4: ((112, 32), (104, 64)),
 }
-_REGISTERS_WHERE_KEYS_ARE_DIVIDED = 200, 104
 _SMEM_BYTES = 227 * 1024
 _SMEM_REST = 2304  # numbers and barriers
 _ALIGNMENT = 1024  # of buffers; where rows are few, a piece of Q may end before a multiple of it
@@ -38,7 +37,7 @@ class Sizes(NamedTuple):
 class Config:
     """How a forward is cut into tiles."""
 
-    consumers: int = 2  # warpgroups; a tile of queries has ``rows`` of each, or keys are divided
+    consumers: int = 2  # warpgroups; a tile of queries has ``rows`` of each
     block_kv: int = 128
     stages: int = 2
     q_stages: int = 2  # 1: the next tile's Q comes when this tile's scores are done
@@ -57,50 +56,19 @@ class Config:
         multiple = 8 if self.turned else ROWS
         if not 0 < self.rows <= ROWS or self.rows % multiple:
             raise ValueError(f"rows must be a multiple of {multiple} up to {ROWS}; got {self}")
-        if self.turned and (self.keys % ROWS or self.consumers > 2):
-            raise ValueError(
-                f"each of two consumers takes {ROWS} turned keys at a time; got {self}"
-            )
-        if self.divides_keys and self.q_stages > 1:
-            raise ValueError(f"consumers that divide keys take one tile of Q at a time; got {self}")
+        if self.turned and (self.block_kv % ROWS or self.consumers > 1):
+            raise ValueError(f"one consumer takes {ROWS} turned keys at a time; got {self}")
         if self.stages < 2 or self.q_stages not in (1, 2):
             raise ValueError(f"needs stages >= 2 and 1 or 2 q_stages; got {self}")
 
     @property
-    def groups(self) -> int:
-        """Of rows: each consumer has its own, or all have the same and keys are divided."""
-        return 1 if self.turned else self.consumers
-
-    @property
-    def divides_keys(self) -> bool:
-        """Whether consumers have parts of each tile's keys."""
-        return self.turned and self.consumers > 1
-
-    @property
-    def keys(self) -> int:
-        """Of a tile, those that a consumer has."""
-        return self.block_kv // self.consumers if self.turned else self.block_kv
-
-    @property
     def block_q(self) -> int:
-        return self.groups * self.rows
-
-    def registers(self, hides_keys: bool) -> tuple[int, int]:
-        """Of a consumer's thread and of the producer's."""
-        if self.divides_keys:
-            return _REGISTERS_WHERE_KEYS_ARE_DIVIDED
-        return REGISTERS[self.consumers][hides_keys]
+        return self.consumers * self.rows
 
     @property
     def scratch_bytes(self) -> int:
         """To reduce a matrix along its rows: a thread has, of each eight columns, two float32."""
-        return 128 * 2 * 4 * self.rows // 8 if self.turned and not self.divides_keys else 0
-
-    def joining_bytes(self, Hv: int) -> int:
-        """What consumers that divide keys need to put together what they have of rows."""
-        if not self.divides_keys:
-            return 0
-        return 4 * self.rows * (4 * self.consumers + Hv + ROWS + 1) + 4 * _ALIGNMENT
+        return 128 * 2 * 4 * self.rows // 8 if self.turned else 0
 
     @property
     def scaled_parts(self) -> int:
@@ -135,7 +103,7 @@ class Config:
 
     def smem_bytes(self, H: int, Hv: int, staged: int, sizes: Sizes) -> int:
         """Of rings, and of staging for so many columns of O, which have 16 bits."""
-        stack = self.q_stages * self.groups * sizes.of_query
+        stack = self.q_stages * self.consumers * sizes.of_query
         pieces = mosaic.Form.of(self.rows, H, itemsize=sizes.of_query).pieces
         queries = sum(-(-stack * math.prod(x) // _ALIGNMENT) * _ALIGNMENT for x in pieces)
         of_row = mosaic.Form.of(self.block_kv, H, itemsize=sizes.of_key).columns
@@ -143,7 +111,7 @@ class Config:
         keys = sizes.of_key * self.stages * (self.block_kv * of_row + of_values)
         probabilities = P_BUFFERS * self.rows * self.block_kv if self.turned else 0
         outputs = 2 * (self.block_q * staged + probabilities)
-        return queries + keys + outputs + self.scratch_bytes + self.joining_bytes(Hv)
+        return queries + keys + outputs + self.scratch_bytes
 
     def staging(self, H: int, Hv: int, sizes: Sizes | None = None) -> "Staging | None":
         """As much of a row of O as shared memory has room for; None if it has none.

@@ -22,20 +22,13 @@ Elements of 8 bits have scales (section 3.3), which the producer passes on with 
 
 So have pages of 8 bits. With them, and where rows are few, tiles are turned, see `orientation`:
 
-    p_smem [consumers, 2, rows, keys]           of visits by turns
-
-Two consumers of turned tiles have the same rows, and of each tile half of the keys: what the second
-has at the end it leaves to the first (`join`):
-
-    meeting_smem [consumers, 4, rows]           of warps, for what is the largest of a row
-    m_smem, l_smem, o_smem                      of the second's statistics and O^T
+    p_smem [2, rows, block_kv]                  of visits by turns
 
 Each stage has a barrier that says it is full, and one that says every consumer is done with it.
 The producer's side is in `producer`, a visit's softmax in `softmax`.
 """
 
 import functools
-import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -49,7 +42,7 @@ from pallas_kernels.common.block_map import BlockMap, block_map, needs_map
 from pallas_kernels.common.schedule import Schedule, Work, largest_divisor
 from pallas_kernels.hopper import gpu
 from pallas_kernels.hopper import tile as tiles
-from pallas_kernels.hopper.config import Config
+from pallas_kernels.hopper.config import REGISTERS, Config
 from pallas_kernels.hopper.kernel import Forms, Forward, Scales, divide, next_tile
 from pallas_kernels.hopper.producer import produce
 from pallas_kernels.hopper.softmax import Raised, Stats, Visit
@@ -61,36 +54,28 @@ class Consumer(NamedTuple):
     k: Forward
     me: Any  # which one
 
-    @property
-    def group(self) -> Any:
-        """Of the rows of a tile, see `Config.groups`."""
-        return 0 if self.k.config.divides_keys else self.me
-
     def row0(self, work: Work) -> Any:
         c = self.k.config
-        return work.q_block * c.block_q + self.group * c.rows
+        return work.q_block * c.block_q + self.me * c.rows
 
     def visit(self, work: Work, number: Any, masked: bool) -> Visit:
         def find() -> tiles.Span:
             c = self.k.config
             key0 = self.k.walk(work).tile(number) * c.block_kv
-            key0 = key0 + self.me * c.keys if c.divides_keys else key0
-            shape = self.k.orientation.matrix(c.rows, c.keys)
+            shape = self.k.orientation.matrix(c.rows, c.block_kv)
             return tiles.Span(self.row0(work), key0, shape, c.turned)
 
         return Visit.of(self.k, work, find, masked)
 
     def raised(self, q_stage: Any, stage: Any) -> Raised | None:
         """What the scales of a tile of Q and those of one of keys come to."""
-        r, c, parts = self.k.refs, self.k.config, self.k.scaled_parts
+        r, parts = self.k.refs, range(self.k.scaled_parts)
         if not parts:
             return None
         of_queries = 1.0 if self.k.widens else r.q_scale_smem[q_stage, self.me]
-        own = range(max(1, parts // c.consumers) if c.divides_keys else parts)
-        first = self.me * len(own) if c.divides_keys and parts > 1 else 0
         return Raised(
-            tuple(of_queries * r.kv_scale_smem[stage, first + i, 0] for i in own),
-            tuple(r.kv_scale_smem[stage, first + i, 1] for i in own),
+            tuple(of_queries * r.kv_scale_smem[stage, i, 0] for i in parts),
+            tuple(r.kv_scale_smem[stage, i, 1] for i in parts),
         )
 
 
@@ -210,46 +195,12 @@ def turn_apart(c: Consumer, work: Work, round_: Any, step: Any, carry: Carry) ->
     before = lax.rem(step - 1, k.config.stages)
     mosaic.barrier_wait(r.v_full.at[before])
     o = start_outputs(c, step - 1, carry)
-    if k.config.divides_keys:
-        o = settled(o)
-        mosaic.barrier_arrive(r.v_free.at[before])
-        join(c, work, carry.stats, o)
-    else:
-        factor = finish(c, work, carry.stats)
-        o = settled(o)
-        mosaic.barrier_arrive(r.v_free.at[before])
-        store(c, work, o, factor)
+    factor = finish(c, work, carry.stats)
+    o = settled(o)
+    mosaic.barrier_arrive(r.v_free.at[before])
+    store(c, work, o, factor)
     tile, following = next_tile(k, round_)
     return tile, begin(c, following, round_, step, tile < k.schedule.tiles)
-
-
-def join(c: Consumer, work: Work, stats: Stats, o: tuple[jax.Array, ...]) -> None:
-    """Puts together what two consumers have of a tile's rows from keys of their own; stores it."""
-    r, side, sizes = c.k.refs, c.k.orientation, c.k.output_columns()
-    ends = itertools.accumulate(sizes)
-    places = [r.o_smem.at[pl.ds(end - n, n)] for end, n in zip(ends, sizes, strict=True)]
-
-    @pl.when(c.me == 1)
-    def _() -> None:
-        mosaic.store(r.m_smem, stats.m, optimized=False)
-        mosaic.store(r.l_smem, stats.l, optimized=False)
-        for place, piece in zip(places, o, strict=True):
-            mosaic.store(place, piece, optimized=False)
-        mosaic.barrier_arrive(r.joined_full)
-        mosaic.barrier_wait(r.joined_free)
-
-    @pl.when(c.me == 0)
-    def _() -> None:
-        mosaic.barrier_wait(r.joined_full)
-        other = Stats(mosaic.load_columns(r.m_smem), mosaic.load_matrix(r.l_smem))
-        other_o = [mosaic.load_matrix(place) for place in places]
-        mosaic.barrier_arrive(r.joined_free)
-        both, own, others = stats.joined(side, other)
-        whole = tuple(
-            x * side.spread(own, x.shape) + y * side.spread(others, y.shape)
-            for x, y in zip(o, other_o, strict=True)
-        )
-        store(c, work, whole, finish(c, work, both))
 
 
 def start_products(
@@ -266,7 +217,7 @@ def start_products(
 def start_scores(c: Consumer, q_stage: Any, step: Any) -> jax.Array:
     """Starts S = Q K^T of a visit."""
     r, stage = c.k.refs, lax.rem(step, c.k.config.stages)
-    return c.k.orientation.start_scores(r.q_smem.at(q_stage, c.group), r.k_smem.at(stage))
+    return c.k.orientation.start_scores(r.q_smem.at(q_stage, c.me), r.k_smem.at(stage))
 
 
 def start_outputs(c: Consumer, step: Any, carry: Carry) -> tuple[jax.Array, ...]:
@@ -318,7 +269,7 @@ def store(c: Consumer, work: Work, o: tuple[jax.Array, ...], factor: jax.Array) 
     """Stores a tile's rows of O, normalised."""
     k = c.k
     out_gmem = k.out(work, pl.ds(c.row0(work), k.config.rows))
-    places = [strip for strip, _, _ in k.refs.out_smem.at(c.group).strips()]
+    places = [strip for strip, _, _ in k.refs.out_smem.at(c.me).strips()]
     column = 0
     for group in k.forms.out.groups():
         mosaic.wait_smem_to_gmem(0, wait_read_only=True)
@@ -411,7 +362,7 @@ def launch(
         out, lse, *rest = refs[len(leaves) :]
         named = forms.refs(given, out, lse, dict(zip(scratch, rest, strict=True)))
         k = kind(p, c, schedule, blocks, forms, named)
-        registers = c.registers(k.hides_keys)
+        registers = REGISTERS[c.consumers][k.hides_keys]
         divide(c.consumers, registers, lambda: consume(k), lambda: produce(k))
 
     call = mosaic.kernel(

@@ -83,14 +83,7 @@ class Refs(NamedTuple):
     # Of elements or pages of 8 bits, float32.
     q_scale_smem: mosaic.Ref = None  # [q_stages, consumers]; not of pages
     kv_scale_smem: mosaic.Ref = None  # [stages, scaled_parts, 2]: of the keys; shift
-    p_smem: mosaic.Ref = None  # [consumers, 2, rows, keys]: of visits by turns, if they are turned
-    # Of consumers that divide keys, float32: where warps meet; what the second leaves the first.
-    meeting_smem: mosaic.Ref = None  # [consumers, 4, rows]
-    m_smem: mosaic.Ref = None  # [rows]
-    l_smem: mosaic.Ref = None  # [64, rows]
-    o_smem: mosaic.Ref = None  # [Hv, rows]
-    joined_full: mosaic.Ref = None
-    joined_free: mosaic.Ref = None
+    p_smem: mosaic.Ref = None  # [2, rows, block_kv]: of visits by turns, where they are turned
 
 
 class Forms(NamedTuple):
@@ -134,31 +127,22 @@ class Forms(NamedTuple):
         of_k, of_v = self.k.copies_in(self.parts), self.v.copies_in(self.parts)
         others: dict[str, Any] = {}
         if x.is_quantized:
-            others["q_scale_smem"] = mosaic.SMEM((c.q_stages, c.groups), jnp.float32)
+            others["q_scale_smem"] = mosaic.SMEM((c.q_stages, c.consumers), jnp.float32)
         if x.key_scale is not None:
             of_k += 1  # with the scales of the stage
             shape = (c.stages, self.scaled_parts(c, x), 2)
             others["kv_scale_smem"] = mosaic.SMEM(shape, jnp.float32)
         if c.turned:
-            of_p = (c.consumers, P_BUFFERS, c.rows, c.keys)
-            others["p_smem"] = mosaic.tiled_smem(of_p, dtype_of_queries(p))
-        if c.divides_keys:
-            joining: dict[str, tuple[int, ...]] = {
-                "meeting_smem": (c.consumers, 4, c.rows),
-                "m_smem": (c.rows,),
-                "l_smem": (ROWS, c.rows),
-                "o_smem": (p.Hv, c.rows),
-            }
-            others |= {name: mosaic.SMEM(size, jnp.float32) for name, size in joining.items()}
-            others |= {"joined_full": mosaic.Barrier(), "joined_free": mosaic.Barrier()}
+            shape = (P_BUFFERS, c.rows, c.block_kv)
+            others["p_smem"] = mosaic.tiled_smem(shape, dtype_of_queries(p))
         return {
-            "q_smem": self.q.smem(c.q_stages, c.groups, dtype=dtype_of_queries(p)),
+            "q_smem": self.q.smem(c.q_stages, c.consumers, dtype=dtype_of_queries(p)),
             "k_smem": self.k.smem(c.stages, dtype=x.key.dtype),
             "v_smem": self.v.smem(c.stages, dtype=x.value.dtype),
-            "out_smem": self.out.form.smem(c.groups, dtype=p.dtype),
+            "out_smem": self.out.form.smem(c.consumers, dtype=p.dtype),
             "tile_smem": mosaic.SMEM((c.q_stages,), jnp.int32),
             "ticket_smem": mosaic.SMEM((1,), jnp.int32),
-            "q_full": _barriers(c.q_stages, c.groups * self.q.copies + 1),
+            "q_full": _barriers(c.q_stages, c.consumers * self.q.copies + 1),
             "q_free": _barriers(c.q_stages, c.consumers),
             "k_full": _barriers(c.stages, of_k),
             "k_free": _barriers(c.stages, c.consumers),

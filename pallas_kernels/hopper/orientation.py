@@ -14,7 +14,6 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 
@@ -74,15 +73,11 @@ class Orientation(abc.ABC):
         """
         parts = len(units if shifts is None else shifts)
         if parts == 1:  # fewer to multiply
-            largest = self.largest(s) * units[0]
+            largest = jnp.max(s, axis=self.keys_axis) * units[0]
             return largest if shifts is None else largest + shifts[0]
         s = self.folded(s, parts, jnp.maximum)
         s = s * self.over(units, s.shape)
         s = s if shifts is None else s + self.over(shifts, s.shape)
-        return self.largest(s)
-
-    def largest(self, s: jax.Array) -> jax.Array:
-        """Of each row."""
         return jnp.max(s, axis=self.keys_axis)
 
     @abc.abstractmethod
@@ -183,18 +178,6 @@ class Columns(Orientation):
 
     keys_axis = 0
 
-    @property
-    def _me(self) -> Any:
-        """Which consumer's keys these are."""
-        return lax.axis_index("warpgroup") if self.k.config.divides_keys else 0
-
-    def largest(self, s: jax.Array) -> jax.Array:
-        # Mosaic's own reductions meet in one place, whatever the warpgroup. This one is used again
-        # after `given` or `store`, where the warps meet too.
-        if not self.k.config.divides_keys:
-            return super().largest(s)
-        return mosaic.over_rows(s, self.k.refs.meeting_smem.at[self._me], jnp.maximum)
-
     def folded(self, s: jax.Array, parts: int, combine: Any) -> jax.Array:
         return s
 
@@ -209,16 +192,9 @@ class Columns(Orientation):
         return sums * self.spread(decay, sums.shape)
 
     def totals(self, sums: jax.Array) -> jax.Array:
-        if not self.k.config.divides_keys:
-            return jnp.sum(sums, axis=0)
-        return mosaic.over_rows(sums, self.k.refs.meeting_smem.at[self._me], jnp.add)
-
-    def _own_keys(self, x: mosaic.Matrix) -> mosaic.Matrix:
-        c = self.k.config
-        return x.rows(pl.ds(self._me * c.keys, c.keys)) if c.divides_keys else x
+        return jnp.sum(sums, axis=0)
 
     def start_scores(self, q: mosaic.Matrix, k: mosaic.Matrix) -> jax.Array:
-        k = self._own_keys(k)
         return mosaic.start(mosaic.widened_rows(k) if self.k.widens else k, q, transpose_b=True)
 
     def given(self, p: jax.Array, step: Any) -> Any:
@@ -230,13 +206,13 @@ class Columns(Orientation):
     def start_outputs(
         self, p: Any, step: Any, v: mosaic.Matrix, o: tuple[jax.Array, ...]
     ) -> tuple[jax.Array, ...]:
-        p, v = self._p_smem(step), self._own_keys(v)
+        p = self._p_smem(step)
         if self.k.widens:
             return (mosaic.start(mosaic.widened_columns(v), p, *o, transpose_b=True),)
         return mosaic.start_turned(v, p, o)
 
     def _p_smem(self, step: Any) -> mosaic.Ref:
-        return self.k.refs.p_smem.at[self._me, lax.rem(step, P_BUFFERS)]
+        return self.k.refs.p_smem.at[lax.rem(step, P_BUFFERS)]
 
     def output_part(self, piece: jax.Array, start: int, width: int) -> jax.Array:
         return piece[start : start + width]

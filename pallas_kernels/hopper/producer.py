@@ -23,14 +23,14 @@ def produce(k: Forward) -> None:
     def load(round_: Any, step: Any, tile: Any) -> Any:
         work = k.schedule.work(tile)
         stage = announce(k, round_, tile, work)
-        for i in range(c.groups):
+        for i in range(c.consumers):
             rows = pl.ds(work.q_block * c.block_q + i * c.rows, c.rows)
             mosaic.copy_in(k.query(work, rows), r.q_smem.at(stage, i), r.q_full.at[stage])
         return produce_keys(k, work, step)
 
     rounds, steps, tile = each_tile(k, r.ticket_smem, load)
     stage = announce(k, rounds, tile, None)  # that there is none left
-    arrive(r.q_full.at[stage], c.groups * k.forms.q.copies)
+    arrive(r.q_full.at[stage], c.consumers * k.forms.q.copies)
     drain(rounds + 1, c.q_stages, r.q_free)
     drain(steps, c.stages, r.k_free, r.v_free)
 
@@ -68,7 +68,7 @@ def announce(k: Forward, round_: Any, tile: Any, work: Work | None) -> Any:
     pl.when(round_ >= k.config.q_stages)(lambda: mosaic.barrier_wait(r.q_free.at[stage]))
     r.tile_smem[stage] = tile
     if r.scales is not None and work is not None:
-        for i in range(k.config.groups):
+        for i in range(k.config.consumers):
             row = work.q_block * k.config.block_q + i * k.config.rows
             r.q_scale_smem[stage, i] = scale_at(r.scales.query, work.batch, row, work.head)
     mosaic.commit_smem()

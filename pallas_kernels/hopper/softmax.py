@@ -12,7 +12,6 @@ from pallas_kernels import mosaic, spec
 from pallas_kernels.common.schedule import Work
 from pallas_kernels.hopper import tile as tiles
 from pallas_kernels.hopper.kernel import LOG2_E, RANGE_OF_HALF, Forward, Kernel
-from pallas_kernels.hopper.orientation import Orientation
 
 
 class Stats(NamedTuple):
@@ -24,14 +23,6 @@ class Stats(NamedTuple):
     @classmethod
     def start(cls, k: Forward) -> "Stats":
         return cls(k.orientation.vector(-math.inf), k.orientation.no_sums())
-
-    def joined(self, side: Orientation, other: "Stats") -> tuple["Stats", jax.Array, jax.Array]:
-        """Of the scores of both, and what sums relative to either one's largest decay by."""
-        m = jnp.maximum(self.m, other.m)
-        base = jnp.where(m == -math.inf, 0.0, m)
-        own, others = jnp.exp2(self.m - base), jnp.exp2(other.m - base)
-        l = side.decayed_sums(self.l, own) + side.decayed_sums(other.l, others)
-        return Stats(m, l), own, others
 
     def finish(self, k: Forward, work: Work, row0: Any) -> tuple[jax.Array, jax.Array]:
         """What to multiply rows of O by, and their lse; the sink takes its part here."""

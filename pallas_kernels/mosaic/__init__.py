@@ -45,7 +45,7 @@ from pallas_kernels.mosaic.matrix import (
     copy_out,
     copy_rows_in,
 )
-from pallas_kernels.mosaic.memory import Ref, layout_cast, load, prefetch, store, tiled_smem
+from pallas_kernels.mosaic.memory import Ref, layout_cast, load, store, tiled_smem
 from pallas_kernels.mosaic.sums import Sums, add, fetch, matrices, put
 from pallas_kernels.mosaic.turned import store_turned
 from pallas_kernels.mosaic.values import (
@@ -63,7 +63,7 @@ from pallas_kernels.mosaic.values import (
     uniform,
     vector_iota,
 )
-from pallas_kernels.mosaic.warps import maximum_if_much, over_rows, scaled_rows
+from pallas_kernels.mosaic.warps import maximum_if_much, scaled_rows
 from pallas_kernels.mosaic.widen import (
     WIDENED_COLUMNS,
     for_widened_rows,
@@ -118,8 +118,6 @@ __all__ = [
     "matrices",
     "maximum_if_much",
     "opaque",
-    "over_rows",
-    "prefetch",
     "put",
     "scaled_rows",
     "set_max_registers",

@@ -97,13 +97,6 @@ def store(ref: Ref, value: jax.Array, *, optimized: bool = True) -> None:
         plgpu_store(ref, value, optimized=optimized)
 
 
-def prefetch(gmem: Ref) -> None:
-    """Asks for a part of an array in global memory, which then comes to the L2 cache."""
-    instruction = getattr(plgpu, "async_prefetch", None)  # since JAX 0.11
-    if instruction is not None and not interpreter.is_interpreting():
-        instruction(gmem)
-
-
 def layout_cast(value: jax.Array, layout: Any) -> jax.Array:
     """Gives constants and iotas, which have no layout of their own, the one asked for."""
     # 0.10.2's interpreter has no layout_cast; elsewhere it does nothing there.

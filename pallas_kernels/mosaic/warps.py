@@ -1,8 +1,7 @@
-"""What a warp does with the sixteen of 64 rows that it has, by itself or with the other three."""
+"""What a warp decides by itself, for the sixteen rows of a matrix that it has."""
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -17,12 +16,9 @@ from jaxlib.mlir import ir
 
 from pallas_kernels.mosaic import interpreter
 from pallas_kernels.mosaic.dialects import arith, llvm, scf, vector
-from pallas_kernels.mosaic.memory import Ref
 
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
-_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
-_OF_WARP, _OF_WARPGROUP, _WARPS = 16, 64, 4
-_COLUMNS_OF_TILE = 8
+_OF_WARP = 16
 
 
 def maximum_if_much(old: jax.Array, new: jax.Array, much: float) -> jax.Array:
@@ -75,72 +71,6 @@ def scaled_rows(pieces: Sequence[jax.Array], factor: jax.Array) -> tuple[jax.Arr
         return tuple(_like(x, itertools.islice(after, x.registers.size)) for x in pieces)
 
     return run(factor, *pieces)
-
-
-def over_rows(x: jax.Array, meeting: Ref, combine: Any) -> jax.Array:
-    """Of each column of a matrix, float32, the largest (jnp.maximum) or the sum (jnp.add).
-
-    Warps of one warpgroup tell each other at ``meeting``, float32 [4, columns] in shared memory. It
-    may be used again once the warpgroup has met elsewhere.
-    """
-    if interpreter.is_interpreting():
-        return functools.reduce(combine, list(x))
-    operation = {jnp.maximum: arith.maximumf, jnp.add: arith.addf}[combine]
-    result = plgpu.ShapeDtypeStruct(x.shape[1:], jnp.float32, _COLUMNS)
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()), return_type=result)
-    def run(_: Any, x: Any, meeting: Any) -> Any:
-        i32 = ir.IntegerType.get_signless(32)
-
-        def remainder(number: Any, divisor: int) -> Any:
-            return arith.remui(number, mgpu_utils.c(divisor, i32))
-
-        def index(number: Any) -> Any:
-            return arith.index_cast(ir.IndexType.get(), number)
-
-        rows, columns = x.shape
-        tiles = range(columns // _COLUMNS_OF_TILE)
-        # By 64 rows, eight columns, halves of a warp's rows: two neighbours of a row.
-        pairs = x.registers.reshape(rows // _OF_WARPGROUP, len(tiles), 2)
-        warp = remainder(mgpu_utils.warp_idx(sync=False), _WARPS)
-        lane = remainder(mgpu_utils.thread_idx(), 4)  # those of the same columns are alike
-        places = [
-            index(arith.addi(mgpu_utils.c(tile * _COLUMNS_OF_TILE, i32), arith.addi(lane, lane)))
-            for tile in tiles
-        ]
-        for tile, place in zip(tiles, places, strict=True):
-            of_warp = functools.reduce(operation, pairs[:, tile].flat)
-            vector.store(_over_lanes(of_warp, operation), meeting, [index(warp), place])
-        mgpu_utils.warpgroup_barrier()
-        layout = fa.WGMMA_COL_LAYOUT
-        registers = np.empty(len(tiles), dtype=object)
-        for tile, place in zip(tiles, places, strict=True):
-            of_warps = [
-                vector.load(
-                    pairs[0, tile, 0].type,
-                    meeting,
-                    [arith.constant(ir.IndexType.get(), i), place],
-                )
-                for i in range(_WARPS)
-            ]
-            registers[tile] = functools.reduce(operation, of_warps)
-        registers = registers.reshape(layout.registers_shape((columns,)))
-        return fa.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-
-    return run(x, meeting)
-
-
-def _over_lanes(pair: Any, operation: Any) -> Any:
-    """Of two neighbours of a row, what the lanes have that have the same columns."""
-    for distance in (4, 8, 16):
-        others = [
-            mgpu_utils.shfl_bfly(
-                vector.extract(pair, dynamic_position=[], static_position=[i]), distance
-            )
-            for i in range(2)
-        ]
-        pair = operation(pair, vector.from_elements(pair.type, others))
-    return pair
 
 
 def _like(x: Any, registers: Iterable[Any]) -> Any:
