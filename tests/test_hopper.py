@@ -45,13 +45,17 @@ def _attention(*args: Any, **options: Any) -> jax.Array:
 
 
 def _check_backward(
-    problem: Any, operands: Any, dout: jax.Array, config: hopper.BackwardConfig | None
+    problem: Any,
+    operands: Any,
+    dout: jax.Array,
+    config: hopper.BackwardConfig | None,
+    blocks: int | None = None,
 ) -> None:
     """The kernel's gradients against those of XLA."""
     out, lse = xla.forward(problem, operands)
     rest = (out, lse, dout, lse * 0.1)
     with _running():
-        actual = hopper.backward(problem, operands, *rest, config)
+        actual = hopper.backward(problem, operands, *rest, config, blocks)
     want = xla.backward(problem, operands, *rest)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(want), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
@@ -291,6 +295,7 @@ def test_deterministic_gradients_are_equal_in_twenty_runs(H: int) -> None:
 
 
 @needs_gpu
+@pytest.mark.parametrize("blocks", [20, 132])
 @pytest.mark.parametrize("H", [64, 80, 128, 256])
 @pytest.mark.parametrize(
     ("N", "K", "options"),
@@ -300,13 +305,18 @@ def test_deterministic_gradients_are_equal_in_twenty_runs(H: int) -> None:
         (8, 2, {"is_causal": True, "local_window_size": (200, 0)}),
     ],
 )
-def test_kernel_that_rounds_dq(H: int, N: int, K: int, options: dict[str, Any]) -> None:
-    """Many sections, of lengths that no tile divides; a block that reads too early is found."""
+def test_kernel_that_rounds_dq(
+    H: int, N: int, K: int, options: dict[str, Any], blocks: int
+) -> None:
+    """Lengths that no tile divides; few blocks begin to round before they have had all tiles.
+
+    A block that reads too early is found.
+    """
     q, k, v = (_normal(i, 4, 1001, heads, H) for i, heads in enumerate((N, K, K)))
     problem, operands = canonicalize(q, k, v, **options)
     config = dataclasses.replace(hopper.BackwardConfig.default(problem), rounds=True)
     for seed in range(10):
-        _check_backward(problem, operands, _normal(seed, 4, 1001, N, H), config)
+        _check_backward(problem, operands, _normal(seed, 4, 1001, N, H), config, blocks)
 
 
 def test_backward_config_refuses() -> None:

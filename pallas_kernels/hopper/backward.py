@@ -4,8 +4,8 @@ A block takes a tile of keys and visits the tiles of queries that see some of th
 visit: S^T = K Q^T, dP^T = V dO^T, dV += P^T dO, dK += dS^T Q, dQ = dS K. dK and dV stay in the
 registers of two consumer warpgroups until the tile is done (and are then added up, where each head
 of a large group has a block of its own); dQ is added to global memory in float32, by threads, in an
-order of their own that XLA undoes when it rounds the sums, or the kernel itself
-(`backward_rounding`, an option that is yet to be timed).
+order of their own that XLA undoes when it rounds the sums, or, where these are large, the kernel
+itself (`backward_rounding`).
 
 How the consumers divide the work: `backward_by_keys` for heads of up to 128 columns,
 `backward_by_columns` for wider ones. What they have in common, the computation of P and dS, is in
@@ -42,8 +42,9 @@ from pallas_kernels.hopper.backward_kernel import (
     sums_bias,
 )
 from pallas_kernels.hopper.backward_producer import produce
+from pallas_kernels.hopper.backward_rounding import Rounding
 from pallas_kernels.hopper.backward_visit import consume
-from pallas_kernels.hopper.config import REGISTERS, ROWS
+from pallas_kernels.hopper.config import ROWS
 from pallas_kernels.hopper.kernel import LOG2_E, divide
 
 _TINY = 1e-30  # what is smaller counts as zero
@@ -101,8 +102,9 @@ def backward(
         inputs = jax.tree.unflatten(tree, refs[: len(leaves)])
         k = kernel_of(forms.refs(p, c, inputs, *refs[len(leaves) :]))
         order = BY_COLUMNS if c.by_columns else BY_KEYS
-        registers = REGISTERS[CONSUMERS][k.hides_keys or empties]
-        divide(CONSUMERS, registers, lambda: consume(k, order), lambda: produce(k))
+        rounding = Rounding.of(k) if rounds_dq(p, c) else None
+        tasks = (functools.partial(consume, k, order, rounding), lambda: produce(k, rounding))
+        divide(CONSUMERS, k.registers, *tasks)
 
     launch = mosaic.kernel(
         backward_kernel,
@@ -123,11 +125,10 @@ def backward(
     dbias = mosaic.matrices(rest.pop(0)) if stores_bias(problem) else None
     if "bias" in sums:
         dbias = sums["bias"].total()
-    if rounds_dq(problem, c):
-        dq = rest.pop()
-    else:
-        dq = _from_strips(sums["query"], None if p.deterministic else p.dtype, p.scale)
-    dq = dq[:, : p.T, :, : p.H]
+    rounded = rest.pop() if rounds_dq(p, c) else None
+    if rounded is None:
+        rounded = _from_strips(sums["query"], None if p.deterministic else p.dtype, p.scale)
+    dq = rounded[:, : p.T, :, : p.H]
     if units is not None:
         dq = _from_units(dq, units, lse, delta)
     of_keys = jnp.sum(rest[0], axis=1) if rest else ()
@@ -197,14 +198,14 @@ def _outputs(
 
     And of what is stored of a bias, sums over rows, by key, and dQ if the kernel rounds it.
     """
-    rows, keys = q_blocks * c.block_q, kv_blocks * c.block_kv
-
-    def like(form: mosaic.Form, tokens: int, in_tiles: int, heads: int) -> jax.ShapeDtypeStruct:
-        copied = tokens, heads, mosaic.copied_columns(form.array_columns)
-        stored = in_tiles, heads, form.columns
-        return jax.ShapeDtypeStruct((p.B, *(stored if c.by_columns else copied)), p.dtype)
-
-    outputs = [] if adds_keys else [like(form, p.S, keys, p.K) for form in (forms.k, forms.v)]
+    keys = kv_blocks * c.block_kv
+    shapes = [
+        (p.B, keys, p.K, form.columns)
+        if c.by_columns
+        else (p.B, p.S, p.K, mosaic.copied_columns(form.array_columns))
+        for form in (forms.k, forms.v)
+    ]
+    outputs = [] if adds_keys else [jax.ShapeDtypeStruct(shape, p.dtype) for shape in shapes]
     if stores_bias(p):
         shape = (*_bias_tiles(p, c, q_blocks, kv_blocks), ROWS * c.bias_width)
         outputs.append(jax.ShapeDtypeStruct(shape, p.operands.bias.dtype))
@@ -212,7 +213,7 @@ def _outputs(
         shape = (len(names), CONSUMERS if c.by_columns else 1, p.B, p.N, keys)
         outputs.append(jax.ShapeDtypeStruct(shape, jnp.float32))
     if rounds_dq(p, c):
-        outputs.append(like(forms.q, p.T, rows, p.N))
+        outputs.append(jax.ShapeDtypeStruct((p.B, p.T, p.N, p.H), p.dtype))
     return outputs
 
 

@@ -74,6 +74,9 @@ def finish(c: Consumer, work: KeyWork, step: Any, carry: Carry) -> None:
     store(c, work, carry.dk * k.problem.scale, r.dk_gmem)
 
 
+BY_COLUMNS = Order(begin, visit, finish)
+
+
 def start_tile(c: Consumer, here: Here) -> tuple[jax.Array, jax.Array]:
     """Starts S^T = K Q^T and dP^T = V dO^T of this consumer's rows."""
     r = c.k.refs
@@ -150,13 +153,3 @@ def store(c: Consumer, work: KeyWork, x: jax.Array, gmem: mosaic.Ref) -> None:
     at = pl.ds(c.me * x.shape[1], x.shape[1])
     place = gmem.at[work.batch, pl.ds(c.key0(work), ROWS), work.head, at]
     mosaic.store(place, x.astype(c.k.problem.dtype), optimized=False)
-
-
-def put_rows(c: Consumer, strips: list[jax.Array], gmem: mosaic.Ref) -> None:
-    """Stores 64 rows of an array of whole tiles."""
-    width = c.k.config.width
-    for i, strip in enumerate(strips):
-        mosaic.store(gmem.at[:, pl.ds(i * width, width)], strip, optimized=False)
-
-
-BY_COLUMNS = Order(begin, visit, finish, put_rows)

@@ -113,6 +113,9 @@ def finish(c: Consumer, work: KeyWork, step: Any, carry: Carry) -> None:
     store(c, work, carry.dk * k.problem.scale, r.dk_gmem)
 
 
+BY_KEYS = Order(begin, visit, finish)
+
+
 def start_scores(c: Consumer, stage: Any) -> jax.Array:
     """Starts S^T = K Q^T."""
     return mosaic.start(c.keys(c.group), c.k.refs.q_smem.at(stage), transpose_b=True)
@@ -158,20 +161,11 @@ def store(c: Consumer, work: KeyWork, x: jax.Array, gmem: mosaic.Ref) -> None:
     if k.adds_keys:
         add_keys(c, work, 0, x, gmem)
         return
-    width = k.config.width
-    strips = [x[:, i : i + width].astype(k.problem.dtype) for i in range(0, x.shape[1], width)]
-    put_rows(c, strips, gmem.at[work.batch, pl.ds(c.key0(work), ROWS), work.head])
-
-
-def put_rows(c: Consumer, strips: list[jax.Array], gmem: mosaic.Ref) -> None:
-    """Copies 64 rows out, as soon as those before them have left their place."""
+    gmem = gmem.at[work.batch, pl.ds(c.key0(work), ROWS), work.head]
     mosaic.wait_smem_to_gmem(0, wait_read_only=True)
-    places = list(c.k.refs.out_smem.at(c.me).strips())
-    for (place, _, _), strip in zip(places, strips, strict=True):
-        mosaic.store(place.tiled, strip)
+    places = list(k.refs.out_smem.at(c.me).strips())
+    for strip, start, width in places:
+        mosaic.store(strip.tiled, x[:, start : start + width].astype(k.problem.dtype))
     mosaic.commit_smem()
-    for place, start, _ in places:
-        mosaic.copy_out(place, gmem, start)
-
-
-BY_KEYS = Order(begin, visit, finish, put_rows)
+    for strip, start, _ in places:
+        mosaic.copy_out(strip, gmem, start)

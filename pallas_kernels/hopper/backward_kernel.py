@@ -12,11 +12,12 @@ from pallas_kernels.common.block_map import BlockMap
 from pallas_kernels.common.schedule import Work
 from pallas_kernels.common.walk import Walk
 from pallas_kernels.hopper import gpu
-from pallas_kernels.hopper.config import ROWS
+from pallas_kernels.hopper.config import REGISTERS, ROWS, modifies
 from pallas_kernels.hopper.kernel import Kernel
 
 CONSUMERS = 2
 _NARROW = 128  # the most columns whose dK and dV of 64 keys fit into registers
+_FEW_KEYS_OF_ROW = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,12 +79,24 @@ class BackwardConfig:
     @classmethod
     def default(cls, problem: spec.Problem) -> "BackwardConfig":
         """The one that shares a tile of dQ evenly among the consumers."""
-        wide = max(problem.H, problem.Hv)
+        wide, rounds = max(problem.H, problem.Hv), _should_round(problem)
         if wide > _NARROW:
-            return cls(by_columns=True)
+            return cls(by_columns=True, rounds=rounds)
         # Sums of integers, or the slope of a soft cap, leave no register for which K it is.
         key_stages = 1 if problem.deterministic or problem.soft_cap is not None else 2
-        return cls(block_q=ROWS if wide > ROWS else 2 * ROWS, key_stages=key_stages)
+        block_q = ROWS if wide > ROWS else 2 * ROWS
+        return cls(block_q=block_q, key_stages=key_stages, rounds=rounds)
+
+
+def _should_round(p: spec.Problem) -> bool:
+    """Whether it is faster that the kernel rounds dQ, see `bench/LOG.md`.
+
+    Not if the sums are in the L2 cache when it ends; nor if many add to the same rows at the same
+    time: to tell that a tile of keys is done then takes long.
+    """
+    is_large = 4 * p.B * p.T * p.N * p.H > gpu.L2_CACHE_BYTES
+    keys = p.S if p.band.lo is None or p.band.hi is None else min(p.S, p.band.hi - p.band.lo + 1)
+    return is_large and keys <= _FEW_KEYS_OF_ROW
 
 
 def divides_groups(problem: spec.Problem, c: BackwardConfig, blocks: int, kv_blocks: int) -> bool:
@@ -115,8 +128,16 @@ def stores_bias(problem: spec.Problem) -> bool:
 
 
 def rounds_dq(problem: spec.Problem, c: BackwardConfig) -> bool:
-    """Whether the kernel rounds dQ: not sums of integers, and not where each block has a slab."""
-    return c.rounds and not problem.deterministic and not mosaic.is_interpreting()
+    """Whether the kernel rounds dQ: not sums of integers, and not where each block has a slab.
+
+    Nor where all warps of the producer are needed to zero what is hidden.
+    """
+    p = problem
+    if not c.rounds or p.deterministic or mosaic.is_interpreting():
+        return False
+    if visits.empties_rows(p, modifies(p)):
+        return False
+    return p.static_band is not None and p.static_band.any_keys(0, p.T, p.S) == (0, p.S)
 
 
 def key_sums(problem: spec.Problem) -> tuple[str, ...]:
@@ -162,8 +183,8 @@ class Refs(NamedTuple):
     p_smem: mosaic.Matrix  # likewise, if by_columns
     out_smem: mosaic.Matrix  # [consumers, 64, H or Hv]: dV, then dK; unless by_columns
     stats_smem: mosaic.Ref  # [stages, 2 * block_q] float32
-    # [numbers] int32: which tiles of keys come next; a number taken; first rows. And two, which
-    # tile of keys a consumer works on, where the kernel rounds dQ.
+    # [numbers] int32: which tiles of keys come next; a number taken; first rows. And where the
+    # kernel rounds dQ, see `Rounding`.
     tile_smem: mosaic.Ref
     k_full: mosaic.Ref  # [key_stages]
     k_free: mosaic.Ref  # [key_stages]
@@ -173,6 +194,7 @@ class Refs(NamedTuple):
     do_full: mosaic.Ref  # [stages]
     free: mosaic.Ref  # [stages]: of Q and the statistics, and of dO unless by_columns
     do_free: mosaic.Ref  # [stages]: of dO, if by_columns
+    added: mosaic.Ref  # all that a tile of keys adds to dQ
     ds_full: mosaic.Ref  # [2]
     k_raw: mosaic.Ref  # K has arrived, with rows in it that are to be zeroed
     v_raw: mosaic.Ref  # likewise V
@@ -225,7 +247,7 @@ class BackwardForms(NamedTuple):
                 else {"out_smem": self.k.smem(CONSUMERS, dtype=dtype)}
             ),
             "stats_smem": mosaic.SMEM((c.stages, 2 * c.block_q), jnp.float32),
-            "tile_smem": mosaic.SMEM((c.numbers + CONSUMERS * rounds_dq(p, c),), jnp.int32),
+            "tile_smem": mosaic.SMEM((c.numbers + rounds_dq(p, c),), jnp.int32),
             "k_full": mosaic.Barrier(num_barriers=c.key_stages, num_arrivals=of_k + 1),
             "k_free": mosaic.Barrier(num_barriers=c.key_stages, num_arrivals=CONSUMERS),
             "v_full": mosaic.Barrier(num_arrivals=of_v),
@@ -234,6 +256,7 @@ class BackwardForms(NamedTuple):
             "do_full": mosaic.Barrier(num_barriers=c.stages, num_arrivals=of_do),
             "free": mosaic.Barrier(num_barriers=c.stages, num_arrivals=CONSUMERS),
             "do_free": mosaic.Barrier(num_barriers=c.stages, num_arrivals=CONSUMERS),
+            "added": mosaic.Barrier(num_arrivals=CONSUMERS),
             "ds_full": mosaic.Barrier(num_barriers=2, num_arrivals=CONSUMERS),
             "k_raw": mosaic.Barrier(num_arrivals=of_k),
             "v_raw": mosaic.Barrier(num_arrivals=of_v),
@@ -295,6 +318,12 @@ class Backward(Kernel):
     @property
     def takes_first(self) -> bool:
         return rounds_dq(self.problem, self.config)
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Of a consumer's thread and of the producer's, which may have more to do than to copy."""
+        rounds_wide = self.takes_first and max(self.problem.H, self.problem.Hv) > ROWS
+        return REGISTERS[CONSUMERS][self.hides_keys or self.empties_rows or rounds_wide]
 
     @property
     def members(self) -> int:

@@ -11,18 +11,27 @@ from jax import lax
 
 from pallas_kernels import mosaic
 from pallas_kernels.hopper.backward_kernel import Backward, KeyWork, tells_rows
+from pallas_kernels.hopper.backward_rounding import Rounding
 from pallas_kernels.hopper.config import ROWS
 from pallas_kernels.hopper.hidden import Hidden, zero_hidden
 from pallas_kernels.hopper.kernel import drain
 from pallas_kernels.hopper.producer import arrive, each_tile
 
 
-def produce(k: Backward) -> None:
+class Progress(NamedTuple):
+    """Of a producer, from one tile of keys to the next."""
+
+    step: Any  # how many visits there have been
+    tile: Any  # the last one, at first any
+    part: Any  # see `Rounding`
+
+
+def produce(k: Backward, rounding: Rounding | None) -> None:
     """Copies K, V, and Q, dO and the statistics of each visit, for each tile of this block."""
     r, stages = k.refs, k.config.key_stages
     of_k, of_v = k.forms.of_tile(k.config)
 
-    def load(round_: Any, step: Any, tile: Any) -> Any:
+    def load(round_: Any, progress: Progress, tile: Any) -> Progress:
         work = k.work(tile)
         place = announce(k, round_, tile)
         keys = Keys.of(k, work)
@@ -32,17 +41,46 @@ def produce(k: Backward) -> None:
             pl.when(round_ > 0)(lambda: mosaic.barrier_wait(r.v_free))
             keys.produce(r.x.value, r.v_smem, r.v_raw, r.v_full, of_v)
 
-        def of_member(member: Any, count: Any) -> Any:
-            return count + produce_rows(k, work, member, step, count, produce_values)
+        limit = 0 if rounding is None else rounding.limit(tile)
 
-        return lax.fori_loop(0, k.members, of_member, jnp.int32(0))
+        def tell_if(due: Any) -> None:
+            if rounding is not None:
+                pl.when((round_ > 0) & due)(lambda: rounding.tell(progress.tile))
 
-    rounds, steps, tile = each_tile(k, r.tile_smem.at[pl.ds(stages, 1)], load)
+        def after_visit(visit: Any, part: Any) -> Any:
+            if rounding is None:
+                return part
+            # Before it copied for this visit the consumers were done with the first one. To wait
+            # for others before it is told what they may wait for would be for ever.
+            tell_if(visit == k.config.stages)
+            may = (visit >= k.config.stages) & (part < limit)
+            pl.when(may)(lambda: rounding.round(part, k.blocks))
+            return part + jnp.where(may, k.blocks, 0)
+
+        def of_member(member: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
+            count, part = state
+            visits, part = produce_rows(
+                k, work, member, progress.step, count, part, produce_values, after_visit
+            )
+            return count + visits, part
+
+        count, part = lax.fori_loop(0, k.members, of_member, (jnp.int32(0), progress.part))
+        tell_if(count <= k.config.stages)
+        return Progress(progress.step + count, jnp.int32(tile), part)
+
+    zero, block = jnp.int32(0), lax.axis_index("block")
+    start = Progress(zero, block, block)
+    rounds, last, tile = each_tile(k, r.tile_smem.at[pl.ds(stages, 1)], load, start)
+    if rounding is not None:
+        rounding.leave(last.part)
     place = announce(k, rounds, tile)  # that there is none left
     arrive(r.k_full.at[place], of_k)
+    if rounding is not None:
+        pl.when(rounds > 0)(lambda: rounding.tell(last.tile))
+        rounding.end(0)
     drain(rounds + 1, stages, r.k_free)
-    mosaic.barrier_wait(r.v_free)
-    drain(steps, k.config.stages, r.free, *((r.do_free,) if k.config.by_columns else ()))
+    pl.when(rounds > 0)(lambda: mosaic.barrier_wait(r.v_free))
+    drain(last.step, k.config.stages, r.free, *((r.do_free,) if k.config.by_columns else ()))
 
 
 def announce(k: Backward, round_: Any, tile: Any) -> Any:
@@ -105,17 +143,20 @@ def produce_rows(
     member: Any,
     step: Any,  # of the first visit of this tile of keys
     before: Any,  # how many visits it has had
+    part: Any,
     produce_values: Callable[[], None],
-) -> Any:
+    after_visit: Callable[[Any, Any], Any],
+) -> tuple[Any, Any]:
     """Copies Q, dO and the statistics of each visit to a head; returns how many there are.
 
-    V comes with the first dO: until then the place is used by the tile before.
+    V comes with the first dO: until then the place is used by the tile before. After each visit it
+    calls ``after_visit`` with its number and the part, and returns what that has returned last.
     """
     c, r = k.config, k.refs
     step += before
     walk, head = k.walk(work, member), k.of_group(work, member).head
 
-    def visit(j: Any, _: None) -> None:
+    def visit(j: Any, part: Any) -> Any:
         stage, q_block = lax.rem(step + j, c.stages), walk.tile(j)
         rows = pl.ds(q_block * c.block_q, c.block_q)
         q_gmem, do_gmem = (x.at[work.batch, rows, head] for x in (r.x.query, r.dout))
@@ -138,7 +179,7 @@ def produce_rows(
 
         if empty is None:
             copy(r.q_full.at[stage], r.do_full.at[stage])
-            return
+            return after_visit(before + j, part)
         pl.when(~empty)(lambda: copy(r.q_full.at[stage], r.do_full.at[stage]))
 
         @pl.when(empty)
@@ -153,8 +194,9 @@ def produce_rows(
             arrive(r.q_full.at[stage], k.forms.q.copies)
             arrive(r.do_full.at[stage], k.forms.do.copies)
 
-    lax.fori_loop(0, walk.count, visit, None)
-    return walk.count
+        return after_visit(before + j, part)
+
+    return walk.count, lax.fori_loop(0, walk.count, visit, part)
 
 
 def _is_finite(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:

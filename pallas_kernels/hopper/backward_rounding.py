@@ -1,19 +1,17 @@
 """dQ is rounded by the kernel that adds it up, as soon as all has been added to it.
 
 Sums in float32 are twice as large as what they are rounded to, and 16k tokens of them more than the
-L2 cache holds: another kernel would read them from memory. Here the consumers do it, section by
-section of the schedule, heads that are worked on together. With each tile of keys they round a
-share of the section before, which is done by then: nobody waits long. The last one they round
-together in the end.
+L2 cache holds: another kernel would read them from memory. Here the producer does it between its
+copies, part by part, section by section of the schedule: heads that are worked on together. Which
+tiles of keys are done the producers tell each other. Consumers only help to round what is left in
+the end.
 
 They wait only for tiles that others took before. So that nobody waits for ever, however many blocks
 run at the same time, none has a tile before it runs (`Kernel.takes_first`).
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
@@ -23,80 +21,85 @@ from pallas_kernels.hopper.backward_kernel import CONSUMERS, Backward
 from pallas_kernels.hopper.config import ROWS
 
 
-class Section(NamedTuple):
-    """Sizes of a section of the schedule."""
+class Parts(NamedTuple):
+    """How sums are cut into parts, in the order of the schedule."""
 
-    number: int  # of sections
-    tiles: int  # of keys
+    sections: int
+    tiles: int  # of keys, in a section
+    heads: int  # of queries, in a section
     row_tiles: int  # of 64 rows, of a head
-    heads: int  # of queries
+    strips: int  # of a row tile
+    of_strip: int
 
     @classmethod
-    def of(cls, k: Backward) -> "Section":
+    def of(cls, k: Backward) -> "Parts":
         s = k.schedule
         tiles = s.heads_at_once * s.q_blocks  # of keys, which is what the schedule is of
         row_tiles = pl.cdiv(k.problem.T, k.config.block_q) * k.config.block_q // ROWS
-        return cls(s.tiles // tiles, tiles, row_tiles, s.heads_at_once * k.members)
+        of_strip = mosaic.parts_of_rounding(k.config.width)
+        heads = s.heads_at_once * k.members
+        return cls(s.tiles // tiles, tiles, heads, row_tiles, k.forms.q.strips, of_strip)
 
     @property
-    def parts(self) -> int:
-        """Of 64 rows of a head each."""
-        return self.heads * self.row_tiles
+    def of_section(self) -> int:
+        return self.heads * self.row_tiles * self.strips * self.of_strip
+
+    @property
+    def number(self) -> int:
+        return self.sections * self.of_section
 
 
 class Rounding(NamedTuple):
-    """What a consumer does of it."""
+    """Which parts a block rounds: one, that which comes after as many as there are blocks, ..."""
 
     k: Backward
-    me: Any
-    put_rows: Callable[[list[jax.Array], mosaic.Ref], None]  # see `Order`
-    done: mosaic.Ref  # [sections]: how many consumers are done with tiles of keys
+    done: mosaic.Ref  # [sections]: how many tiles of keys are done
 
     @classmethod
-    def of(
-        cls, k: Backward, me: Any, put_rows: Callable[[list[jax.Array], mosaic.Ref], None]
-    ) -> "Rounding":
-        return cls(k, me, put_rows, mosaic.counters(Section.of(k).number))
+    def of(cls, k: Backward) -> "Rounding":
+        return cls(k, mosaic.counters(Parts.of(k).sections))
 
-    def begin(self, tile: Any) -> None:
-        """Notes which tile of keys comes: in shared memory, for visits leave no register."""
-        self.k.refs.tile_smem[self._note] = tile
+    def tell(self, tile: Any) -> None:
+        """The producer tells that all has been added that this block adds for a tile of keys."""
+        mosaic.barrier_wait(self.k.refs.added)
+        mosaic.count_up(self.done, lax.div(tile, Parts.of(self.k).tiles))
 
-    def go_on(self) -> None:
-        """Tells that the tile is done; rounds its share of the section before its own."""
-        s, tile = Section.of(self.k), mosaic.uniform(self.k.refs.tile_smem[self._note])
-        section, number = lax.div(tile, s.tiles), lax.rem(tile, s.tiles)
-        mosaic.count_up(self.done.at[section])
+    def limit(self, tile: Any) -> Any:
+        """The first part that is not to be rounded while a tile of keys is loaded.
 
-        @pl.when(section > 0)
-        def _() -> None:
-            first, stop = (lax.div((number + i) * s.parts, s.tiles) for i in (0, 1))
-            self._round(section - 1, first + self.me, stop, CONSUMERS)
+        A section is likely to be done when twice as many tiles have come since as there are blocks.
+        """
+        parts = Parts.of(self.k)
+        sections = lax.div(jnp.maximum(tile - 2 * self.k.blocks, 0), parts.tiles)
+        return jnp.minimum(sections, parts.sections) * parts.of_section
 
-    def end(self) -> None:
-        """Rounds this consumer's share of the last section."""
-        s = Section.of(self.k)
-        first = CONSUMERS * lax.axis_index("block") + self.me
-        self._round(s.number - 1, first, s.parts, CONSUMERS * self.k.blocks)
+    def leave(self, part: Any) -> None:
+        """The producer leaves this part and those after it to all warpgroups."""
+        self.k.refs.tile_smem[self.k.config.numbers] = part
 
-    @property
-    def _note(self) -> Any:
-        return self.k.config.numbers + self.me
+    def end(self, me: Any) -> None:
+        """All warpgroups of the block, numbered, round what is left."""
+        parts, step = Parts.of(self.k), (CONSUMERS + 1) * self.k.blocks
+        first = mosaic.uniform(self.k.refs.tile_smem[self.k.config.numbers]) + me * self.k.blocks
 
-    def _round(self, section: Any, first: Any, stop: Any, step: int) -> None:
-        """Rounds every ``step``-th part of a section from the first one on, once it is done."""
-        k, s = self.k, Section.of(self.k)
-        mosaic.wait_count(self.done.at[section], CONSUMERS * s.tiles)
-
-        @pl.loop(0, lax.div(jnp.maximum(stop - first, 0) + step - 1, step))
+        @pl.loop(0, lax.div(jnp.maximum(parts.number - first, 0) + step - 1, step))
         def _(i: Any) -> None:
-            head, row_tile = (f(first + i * step, s.row_tiles) for f in (lax.div, lax.rem))
-            batch, head = (f(section * s.heads + head, k.problem.N) for f in (lax.div, lax.rem))
-            sums = k.refs.dq_gmem.at[0, batch, row_tile, head]
-            strips = [
-                mosaic.fetch(sums.at[strip], k.config.width) * k.problem.scale
-                for strip in range(k.forms.q.strips)
-            ]
-            assert k.refs.rounded_gmem is not None
-            rows = k.refs.rounded_gmem.at[batch, pl.ds(row_tile * ROWS, ROWS), head]
-            self.put_rows([x.astype(k.problem.dtype) for x in strips], rows)
+            self.round(first + i * step, step, is_first=i == 0)
+
+    def round(self, part: Any, step: int, *, is_first: Any = False) -> None:
+        """Rounds a part; before the first one of a section it waits until this is done."""
+        k, parts = self.k, Parts.of(self.k)
+        section, number = lax.div(part, parts.of_section), lax.rem(part, parts.of_section)
+        pl.when(is_first | (number < step))(lambda: self._wait(section))
+        rest, of_strip = lax.div(part, parts.of_strip), lax.rem(part, parts.of_strip)
+        rest, strip = lax.div(rest, parts.strips), lax.rem(rest, parts.strips)
+        rest, row_tile = lax.div(rest, parts.row_tiles), lax.rem(rest, parts.row_tiles)
+        batch, head = lax.div(rest, k.problem.N), lax.rem(rest, k.problem.N)
+        rounded = k.refs.rounded_gmem
+        assert rounded is not None
+        sums = k.refs.dq_gmem.at[0, batch, row_tile, head, strip]
+        place = row_tile * ROWS, strip * k.config.width
+        mosaic.round_part(sums, of_strip, rounded.at[batch, :, head], *place, k.problem.scale)
+
+    def _wait(self, section: Any) -> None:
+        mosaic.wait_count(self.done, section, Parts.of(self.k).tiles)

@@ -3,7 +3,6 @@
 Logits are computed turned, S^T: rows of the matrix are keys, columns are queries.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,7 +20,6 @@ from pallas_kernels.hopper.backward_kernel import (
     Backward,
     KeyWork,
     key_sums,
-    rounds_dq,
     stores_bias,
     tells_rows,
 )
@@ -131,11 +129,9 @@ class Order(NamedTuple):
     begin: Callable[[Consumer, KeyWork, Any], Carry]
     visit: Callable[[Consumer, KeyWork, At, bool, Carry], Carry]
     finish: Callable[[Consumer, KeyWork, Any, Carry], None]
-    # Stores 64 rows of 16-bit numbers to [64, columns] in global memory, given by strips.
-    put_rows: Callable[[Consumer, list[jax.Array], mosaic.Ref], None]
 
 
-def consume(k: Backward, order: Order) -> None:
+def consume(k: Backward, order: Order, rounding: Rounding | None) -> None:
     """Computes this consumer's part of dK and dV of each tile of this block, and of dQ."""
     r, me = k.refs, lax.axis_index("warpgroup")
 
@@ -147,22 +143,17 @@ def consume(k: Backward, order: Order) -> None:
         place, tile, step = state
         # What is uniform needs no register in every thread.
         work = jax.tree.map(mosaic.uniform, k.work(tile))
-        if rounding is not None:
-            rounding.begin(tile)
         step = attend(Consumer(k, me, place), order, work, step)
         if rounding is not None:
-            rounding.go_on()
+            mosaic.barrier_arrive(r.added)
         return *next_tile(lax.rem(place + 1, k.config.key_stages)), step
 
-    rounding = None
-    if rounds_dq(k.problem, k.config):
-        rounding = Rounding.of(k, me, functools.partial(order.put_rows, Consumer(k, me)))
     zero = jnp.int32(0)
     state = (*next_tile(zero), zero)
     place, *_ = lax.while_loop(lambda state: state[1] < k.schedule.tiles, of_tile, state)
     mosaic.barrier_arrive(r.k_free.at[place])
     if rounding is not None:
-        rounding.end()
+        rounding.end(1 + me)
     mosaic.wait_smem_to_gmem(0)
 
 

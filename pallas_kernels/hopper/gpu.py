@@ -2,6 +2,7 @@
 
 from pallas_kernels import spec
 
+L2_CACHE_BYTES = 50 * 2**20
 # What tiles that are worked on at the same time read should stay in the L2 cache.
 L2_BYTES = 2**24
 # What all blocks of the backward work on at the same time: 34 MB still stay in the cache, 67 do not

@@ -26,24 +26,26 @@ def produce(k: Forward) -> None:
         for i in range(c.consumers):
             rows = pl.ds(work.q_block * c.block_q + i * c.rows, c.rows)
             mosaic.copy_in(k.query(work, rows), r.q_smem.at(stage, i), r.q_full.at[stage])
-        return produce_keys(k, work, step)
+        return step + produce_keys(k, work, step)
 
-    rounds, steps, tile = each_tile(k, r.ticket_smem, load)
+    rounds, steps, tile = each_tile(k, r.ticket_smem, load, jnp.int32(0))
     stage = announce(k, rounds, tile, None)  # that there is none left
     arrive(r.q_full.at[stage], c.consumers * k.forms.q.copies)
     drain(rounds + 1, c.q_stages, r.q_free)
     drain(steps, c.stages, r.k_free, r.v_free)
 
 
-def each_tile(k: Kernel, ticket: mosaic.Ref, load: Callable[[Any, Any, Any], Any]) -> Any:
+def each_tile(
+    k: Kernel, ticket: mosaic.Ref, load: Callable[[Any, Any, Any], Any], state: Any
+) -> Any:
     """Calls ``load`` for each tile of this block, as it takes them.
 
-    It is given how many tiles there have been, how many visits, and the tile; and returns how many
-    visits it made. Returns the first two, and a tile beyond the last.
+    It is given how many tiles there have been, what it returned last, at first ``state``, and the
+    tile. Returns the first two, and a tile beyond the last.
     """
     block, zero, blocks = lax.axis_index("block"), jnp.int32(0), k.blocks
     if k.one_tile_each:  # no numbers to take, nor a counter to zero beforehand
-        return jnp.int32(1), load(zero, zero, block), block + k.schedule.tiles
+        return jnp.int32(1), load(zero, state, block), block + k.schedule.tiles
     counter = mosaic.counter()
 
     def take() -> Any:
@@ -52,13 +54,13 @@ def each_tile(k: Kernel, ticket: mosaic.Ref, load: Callable[[Any, Any, Any], Any
         return mosaic.uniform(ticket[0])
 
     def one(carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-        round_, step, tile = carry
-        count = load(round_, step, tile)
-        return round_ + 1, step + count, (0 if k.takes_first else blocks) + take()
+        round_, state, tile = carry
+        state = load(round_, state, tile)
+        return round_ + 1, state, (0 if k.takes_first else blocks) + take()
 
     if mosaic.is_interpreting():
         ticket[0] = block - blocks
-    start = (zero, zero, take() if k.takes_first else block)
+    start = (zero, state, take() if k.takes_first else block)
     return lax.while_loop(lambda carry: carry[2] < k.schedule.tiles, one, start)
 
 

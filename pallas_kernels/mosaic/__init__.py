@@ -46,7 +46,7 @@ from pallas_kernels.mosaic.matrix import (
     copy_rows_in,
 )
 from pallas_kernels.mosaic.memory import Ref, layout_cast, load, store, tiled_smem
-from pallas_kernels.mosaic.sums import Sums, add, fetch, matrices, put
+from pallas_kernels.mosaic.sums import Sums, add, matrices, parts_of_rounding, put, round_part
 from pallas_kernels.mosaic.turned import store_turned
 from pallas_kernels.mosaic.values import (
     fold_parts,
@@ -98,7 +98,6 @@ __all__ = [
     "count_up",
     "counter",
     "counters",
-    "fetch",
     "fold_parts",
     "for_widened_rows",
     "from_widened_columns",
@@ -118,7 +117,9 @@ __all__ = [
     "matrices",
     "maximum_if_much",
     "opaque",
+    "parts_of_rounding",
     "put",
+    "round_part",
     "scaled_rows",
     "set_max_registers",
     "settle",

@@ -30,25 +30,24 @@ def counters(number: int) -> Ref:
     return pl.get_global(plgpu.SemaphoreType.REGULAR((number,)))
 
 
-def count_up(counter: Ref) -> None:
-    """Raises a counter by one, once what this warpgroup has stored and added is there for all."""
+def count_up(counters: Ref, which: Any) -> None:
+    """Raises a counter by one, once what this warpgroup has done or seen is there for all."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def run(_: Any, counter: Any) -> None:
-        _instruct([], "fence.acq_rel.gpu;", "~{memory}")
         mgpu_utils.warpgroup_barrier()
-        with _one_thread():
+        with _one_thread():  # its release covers what the barrier has shown it
             _instruct(
                 [mgpu_utils.memref_ptr(counter)],
                 "red.release.gpu.global.add.u32 [$0], 1;",
                 "l,~{memory}",
             )
 
-    run(counter)
+    run(counters.at[which])
 
 
-def wait_count(counter: Ref, value: int) -> None:
-    """Waits until a counter is as high; this warpgroup then sees what was there for all before."""
+def wait_count(counters: Ref, which: Any, value: int) -> None:
+    """Waits until a counter is as high; each thread then sees what was there for all before."""
     wait = """{
         .reg .pred p;
         .reg .u32 t;
@@ -59,12 +58,10 @@ def wait_count(counter: Ref, value: int) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def run(_: Any, counter: Any) -> None:
-        with _one_thread():
-            limit = mgpu_utils.c(value, ir.IntegerType.get_signless(32))
-            _instruct([mgpu_utils.memref_ptr(counter), limit], wait, "l,r,~{memory}")
-        mgpu_utils.warpgroup_barrier()
+        limit = mgpu_utils.c(value, ir.IntegerType.get_signless(32))
+        _instruct([mgpu_utils.memref_ptr(counter), limit], wait, "l,r,~{memory}")
 
-    run(counter)
+    run(counters.at[which])
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jaxlib.mlir import ir
 
 from pallas_kernels.mosaic import interpreter
-from pallas_kernels.mosaic.dialects import arith, llvm, vector
+from pallas_kernels.mosaic.dialects import arith, llvm, scf, vector
 from pallas_kernels.mosaic.memory import Ref, store
 
 _HEIGHT = 64
@@ -24,6 +24,9 @@ _ROWS = (4, 2, 8)
 # bytes, or one integer.
 _BY_VECTOR, _BY_ELEMENT = (0, 1, 3, 2, 5, 4, 6), (0, 1, 3, 4, 6, 2, 5)
 _LANES, _AT_ONCE, _VECTOR_BYTES = 32, 4, 16
+# Of `round_part`: columns, if a part had all rows of a warp; vectors that a thread loads.
+_PART_WIDTH, _PARTS_VECTORS = 32, 4
+_SPLAT = plgpu.Layout.WG_SPLAT
 _ADD_FOUR = "red.relaxed.gpu.global.add.v4.f32 [$0], {$1, $2, $3, $4};"
 _LOAD_FOUR = "ld.relaxed.gpu.global.v4.f32 {$0, $1, $2, $3}, [$4];"
 _STORE_FOUR = "st.global.v4.b32 [$0], {$1, $2, $3, $4};"
@@ -131,44 +134,110 @@ def add(sum_: Ref, value: jax.Array) -> None:
     run(sum_, value)
 
 
-def fetch(sum_: Ref, width: int) -> jax.Array:
-    """A float32 matrix [64, width] that has been added up, see `add`; not interpreted.
+def parts_of_rounding(width: int) -> int:
+    """In how many parts `round_part` takes a matrix [64, width]."""
+    return width // _PART_WIDTH
 
-    All additions must be there for this warpgroup: see `wait_count`.
+
+def round_part(
+    sum_: Ref,  # [64 * width] float32
+    part: Any,
+    out: Ref,  # [rows, columns], of 16 bits
+    row: Any,
+    column: Any,
+    scale: float,
+) -> None:
+    """Stores a part of a matrix that has been added up, see `add`, times a number; not interpreted.
+
+    The matrix begins at a row and a column of ``out``, which may end within it, after a multiple of
+    8 columns. All additions must be there for this warpgroup: see `wait_count`.
     """
-    shape = _HEIGHT, width
-    result = plgpu.ShapeDtypeStruct(shape, jnp.float32, plgpu.Layout.WGMMA)
+    rows, columns = out.shape
+    width = sum_.shape[0] // _HEIGHT
+    parts, across = parts_of_rounding(width), width // 16
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=result)
-    def run(_: Any, sum_: Any) -> Any:
-        f32, layout = ir.F32Type.get(), fa.WGMMA_LAYOUT
-        registers = np.empty(layout.registers_shape(shape), dtype=object)
-        places = _placed(registers)
-        base = _start(mgpu_utils.memref_ptr(sum_), _LANES * 2 * len(places), _AT_ONCE)
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), *3 * (_SPLAT,)))
+    def run(_: Any, sum_: Any, out: Any, *numbers: Any) -> None:
+        f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
+        part, row, column = (x.registers.item() for x in numbers)
+        strides, _ = ir.MemRefType(out.type).get_strides_and_offset()
+        element = ir.MemRefType(out.type).element_type
+
+        def times(x: Any, factor: int) -> Any:
+            return arith.muli(x, mgpu_utils.c(factor, i32))
+
+        lane, warp = _lane_and_warp()
+        lanes = mgpu_utils.c(4, i32)  # that have the same row
+        for more in (times(warp, 16), times(part, 16 // parts), arith.divui(lane, lanes)):
+            row = arith.addi(row, more)
+        of_part = times(part, _PARTS_VECTORS * _AT_ONCE * _LANES)
+        source = _start(mgpu_utils.memref_ptr(sum_), _HEIGHT // 4 * width, _AT_ONCE)
+        source = mgpu_utils.getelementptr(source, [of_part], f32)
+        first = arith.addi(times(row, strides[0]), column)
+        first = arith.addi(first, times(arith.remui(lane, lanes), 2))
+        target = mgpu_utils.getelementptr(mgpu_utils.memref_ptr(out), [first], element)
         four = ir.Type.parse(f"!llvm.struct<({', '.join(_AT_ONCE * ['f32'])})>")
-        pair = ir.VectorType.get((2,), f32)
-        for start in range(0, 2 * len(places), _AT_ONCE):
-            place = mgpu_utils.getelementptr(base, [start * _LANES], f32)
-            found = llvm.inline_asm(
-                four, [place], _LOAD_FOUR, "=f,=f,=f,=f,l", has_side_effects=True
+        loaded = [
+            llvm.inline_asm(
+                four,
+                [mgpu_utils.getelementptr(source, [i * _AT_ONCE * _LANES], f32)],
+                _LOAD_FOUR,
+                "=f,=f,=f,=f,l",
+                has_side_effects=True,
             )
-            elements = [llvm.extractvalue(f32, found, [i]) for i in range(_AT_ONCE)]
-            for i in range(0, _AT_ONCE, 2):
-                both = vector.from_elements(pair, elements[i : i + 2])
-                registers[places[(start + i) // 2]] = both
-        return fa.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+            for i in range(_PARTS_VECTORS)
+        ]
+        factor = mgpu_utils.c(scale, f32)
 
-    return run(sum_)
+        def store_pair(half: int, across_: int, pair: int) -> None:
+            """Two neighbours of a row."""
+            found = loaded[half * across + across_]
+            both = [
+                arith.mulf(llvm.extractvalue(f32, found, [2 * pair + j]), factor) for j in range(2)
+            ]
+            rounded = arith.truncf(
+                ir.VectorType.get((2,), element),
+                vector.from_elements(ir.VectorType.get((2,), f32), both),
+            )
+            below, right = 8 * half, 16 * across_ + 8 * pair
+            place = mgpu_utils.getelementptr(target, [below * strides[0] + right], element)
+            exists = arith.andi(_is_below(row, below, rows), _is_below(column, right, columns))
+            with ir.InsertionPoint(scf.IfOp(exists).then_block):
+                llvm.inline_asm(
+                    ir.Type.parse("!llvm.void"),
+                    [place, mgpu_utils.bitcast(rounded, i32)],
+                    "st.global.b32 [$0], $1;",
+                    "l,r",
+                    has_side_effects=True,
+                )
+                scf.yield_([])
+
+        for at in np.ndindex(2 // parts, across, 2):
+            store_pair(*at)
+
+    run(sum_, out, *map(jnp.int32, (part, row, column)))
+
+
+def _is_below(index: Any, more: int, limit: int) -> Any:
+    i32 = ir.IntegerType.get_signless(32)
+    index = arith.addi(index, mgpu_utils.c(more, i32))
+    return arith.cmpi(arith.CmpIPredicate.slt, index, mgpu_utils.c(limit, i32))
 
 
 def _start(base: Any, words: int, at_once: int) -> Any:
     """Where a thread begins to write, of 32-bit words of which each warp has so many."""
     i32 = ir.IntegerType.get_signless(32)
-    thread = mgpu_utils.thread_idx()
-    lane = arith.remui(thread, mgpu_utils.c(32, i32))
-    warp = arith.remui(arith.divui(thread, mgpu_utils.c(32, i32)), mgpu_utils.c(4, i32))
+    lane, warp = _lane_and_warp()
     first = mgpu_utils.dyn_dot((warp, lane), (mgpu_utils.c(words, i32), mgpu_utils.c(at_once, i32)))
     return mgpu_utils.getelementptr(base, [first], i32)
+
+
+def _lane_and_warp() -> tuple[Any, Any]:
+    """Within the warpgroup."""
+    i32 = ir.IntegerType.get_signless(32)
+    thread = mgpu_utils.thread_idx()
+    lane = arith.remui(thread, mgpu_utils.c(32, i32))
+    return lane, arith.remui(arith.divui(thread, mgpu_utils.c(32, i32)), mgpu_utils.c(4, i32))
 
 
 def _words(register: Any) -> list[Any]:
