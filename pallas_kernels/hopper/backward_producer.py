@@ -11,7 +11,7 @@ from jax import lax
 
 from pallas_kernels import mosaic
 from pallas_kernels.hopper.backward_kernel import Backward, KeyWork, tells_rows
-from pallas_kernels.hopper.backward_rounding import Rounding
+from pallas_kernels.hopper.backward_rounding import Beside, Rounding
 from pallas_kernels.hopper.config import ROWS
 from pallas_kernels.hopper.hidden import Hidden, zero_hidden
 from pallas_kernels.hopper.kernel import drain
@@ -22,8 +22,9 @@ class Progress(NamedTuple):
     """Of a producer, from one tile of keys to the next."""
 
     step: Any  # how many visits there have been
-    tile: Any  # the last one, at first any
-    part: Any  # see `Rounding`
+    # If it rounds dQ; else they would cost registers.
+    tile: Any = None  # the last one, at first any
+    part: Any = None  # see `Rounding`
 
 
 def produce(k: Backward, rounding: Rounding | None) -> None:
@@ -41,35 +42,23 @@ def produce(k: Backward, rounding: Rounding | None) -> None:
             pl.when(round_ > 0)(lambda: mosaic.barrier_wait(r.v_free))
             keys.produce(r.x.value, r.v_smem, r.v_raw, r.v_full, of_v)
 
-        limit = 0 if rounding is None else rounding.limit(tile)
-
-        def tell_if(due: Any) -> None:
-            if rounding is not None:
-                pl.when((round_ > 0) & due)(lambda: rounding.tell(progress.tile))
-
-        def after_visit(visit: Any, part: Any) -> Any:
-            if rounding is None:
-                return part
-            # Before it copied for this visit the consumers were done with the first one. To wait
-            # for others before it is told what they may wait for would be for ever.
-            tell_if(visit == k.config.stages)
-            may = (visit >= k.config.stages) & (part < limit)
-            pl.when(may)(lambda: rounding.round(part, k.blocks))
-            return part + jnp.where(may, k.blocks, 0)
+        beside = rounding and Beside.of(rounding, round_, progress.tile, tile)
 
         def of_member(member: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
             count, part = state
             visits, part = produce_rows(
-                k, work, member, progress.step, count, part, produce_values, after_visit
+                k, work, member, progress.step, count, produce_values, beside, part
             )
             return count + visits, part
 
         count, part = lax.fori_loop(0, k.members, of_member, (jnp.int32(0), progress.part))
-        tell_if(count <= k.config.stages)
+        if beside is None:
+            return Progress(progress.step + count)
+        beside.end(count)
         return Progress(progress.step + count, jnp.int32(tile), part)
 
     zero, block = jnp.int32(0), lax.axis_index("block")
-    start = Progress(zero, block, block)
+    start = Progress(zero) if rounding is None else Progress(zero, block, block)
     rounds, last, tile = each_tile(k, r.tile_smem.at[pl.ds(stages, 1)], load, start)
     if rounding is not None:
         rounding.leave(last.part)
@@ -79,7 +68,8 @@ def produce(k: Backward, rounding: Rounding | None) -> None:
         pl.when(rounds > 0)(lambda: rounding.tell(last.tile))
         rounding.end(0)
     drain(rounds + 1, stages, r.k_free)
-    pl.when(rounds > 0)(lambda: mosaic.barrier_wait(r.v_free))
+    had_tiles = rounds > 0 if k.takes_first else True
+    pl.when(had_tiles)(lambda: mosaic.barrier_wait(r.v_free))
     drain(last.step, k.config.stages, r.free, *((r.do_free,) if k.config.by_columns else ()))
 
 
@@ -143,14 +133,13 @@ def produce_rows(
     member: Any,
     step: Any,  # of the first visit of this tile of keys
     before: Any,  # how many visits it has had
-    part: Any,
     produce_values: Callable[[], None],
-    after_visit: Callable[[Any, Any], Any],
+    beside: Beside | None,
+    part: Any,  # the next one to be rounded
 ) -> tuple[Any, Any]:
-    """Copies Q, dO and the statistics of each visit to a head; returns how many there are.
+    """Copies Q, dO and the statistics of each visit to a head; returns how many, and the next part.
 
-    V comes with the first dO: until then the place is used by the tile before. After each visit it
-    calls ``after_visit`` with its number and the part, and returns what that has returned last.
+    V comes with the first dO: until then the place is used by the tile before.
     """
     c, r = k.config, k.refs
     step += before
@@ -179,7 +168,7 @@ def produce_rows(
 
         if empty is None:
             copy(r.q_full.at[stage], r.do_full.at[stage])
-            return after_visit(before + j, part)
+            return part if beside is None else beside.after_visit(before + j, part)
         pl.when(~empty)(lambda: copy(r.q_full.at[stage], r.do_full.at[stage]))
 
         @pl.when(empty)
@@ -194,7 +183,7 @@ def produce_rows(
             arrive(r.q_full.at[stage], k.forms.q.copies)
             arrive(r.do_full.at[stage], k.forms.do.copies)
 
-        return after_visit(before + j, part)
+        return part if beside is None else beside.after_visit(before + j, part)
 
     return walk.count, lax.fori_loop(0, walk.count, visit, part)
 

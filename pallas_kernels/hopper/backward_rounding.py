@@ -64,15 +64,6 @@ class Rounding(NamedTuple):
         mosaic.barrier_wait(self.k.refs.added)
         mosaic.count_up(self.done, lax.div(tile, Parts.of(self.k).tiles))
 
-    def limit(self, tile: Any) -> Any:
-        """The first part that is not to be rounded while a tile of keys is loaded.
-
-        A section is likely to be done when twice as many tiles have come since as there are blocks.
-        """
-        parts = Parts.of(self.k)
-        sections = lax.div(jnp.maximum(tile - 2 * self.k.blocks, 0), parts.tiles)
-        return jnp.minimum(sections, parts.sections) * parts.of_section
-
     def leave(self, part: Any) -> None:
         """The producer leaves this part and those after it to all warpgroups."""
         self.k.refs.tile_smem[self.k.config.numbers] = part
@@ -103,3 +94,38 @@ class Rounding(NamedTuple):
 
     def _wait(self, section: Any) -> None:
         mosaic.wait_count(self.done, section, Parts.of(self.k).tiles)
+
+
+class Beside(NamedTuple):
+    """What the producer does of it while it copies for a tile of keys."""
+
+    rounding: Rounding
+    last: Any  # the tile before, that this block is yet to tell of
+    exists: Any  # whether there is one
+    limit: Any  # the first part that is not to be rounded with this tile
+
+    @classmethod
+    def of(cls, rounding: Rounding, round_: Any, last: Any, tile: Any) -> "Beside":
+        """A section is likely to be done two tiles of each block after its last one."""
+        k, parts = rounding.k, Parts.of(rounding.k)
+        sections = lax.div(jnp.maximum(tile - 2 * k.blocks, 0), parts.tiles)
+        limit = jnp.minimum(sections, parts.sections) * parts.of_section
+        return cls(rounding, last, round_ > 0, limit)
+
+    def after_visit(self, visit: Any, part: Any) -> Any:
+        """Returns the next part.
+
+        Before the producer copied for the visit whose number is that of stages, the consumers were
+        done with the first one, and so with the tile before. To wait for others before it has told
+        what these may wait for would be for ever.
+        """
+        k = self.rounding.k
+        pl.when((visit == k.config.stages) & self.exists)(lambda: self.rounding.tell(self.last))
+        may = (visit >= k.config.stages) & (part < self.limit)
+        pl.when(may)(lambda: self.rounding.round(part, k.blocks))
+        return part + jnp.where(may, k.blocks, 0)
+
+    def end(self, visits: Any) -> None:
+        """Tells of the last tile if there were too few visits for it."""
+        few = visits <= self.rounding.k.config.stages
+        pl.when(few & self.exists)(lambda: self.rounding.tell(self.last))
