@@ -158,7 +158,8 @@ def round_part(
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), *3 * (_SPLAT,)))
     def run(_: Any, sum_: Any, out: Any, *numbers: Any) -> None:
-        f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
+        f32 = ir.F32Type.get()
+        i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
         part, row, column = (x.registers.item() for x in numbers)
         strides, _ = ir.MemRefType(out.type).get_strides_and_offset()
         element = ir.MemRefType(out.type).element_type
@@ -173,8 +174,9 @@ def round_part(
         of_part = times(part, _PARTS_VECTORS * _AT_ONCE * _LANES)
         source = _start(mgpu_utils.memref_ptr(sum_), _HEIGHT // 4 * width, _AT_ONCE)
         source = mgpu_utils.getelementptr(source, [of_part], f32)
-        first = arith.addi(times(row, strides[0]), column)
-        first = arith.addi(first, times(arith.remui(lane, lanes), 2))
+        first = arith.extui(i64, arith.addi(column, times(arith.remui(lane, lanes), 2)))
+        of_row = arith.muli(arith.extui(i64, row), mgpu_utils.c(strides[0], i64))
+        first = arith.addi(of_row, first)
         target = mgpu_utils.getelementptr(mgpu_utils.memref_ptr(out), [first], element)
         four = ir.Type.parse(f"!llvm.struct<({', '.join(_AT_ONCE * ['f32'])})>")
         loaded = [
