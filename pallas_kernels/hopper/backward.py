@@ -213,7 +213,7 @@ def _outputs(
         shape = (len(names), CONSUMERS if c.by_columns else 1, p.B, p.N, keys)
         outputs.append(jax.ShapeDtypeStruct(shape, jnp.float32))
     if rounds_dq(p, c):
-        outputs.append(jax.ShapeDtypeStruct((p.B, p.T, p.N, p.H), p.dtype))
+        outputs.append(jax.ShapeDtypeStruct((p.B, p.T, p.N, mosaic.copied_columns(p.H)), p.dtype))
     return outputs
 
 

@@ -42,7 +42,10 @@ def produce(k: Backward, rounding: Rounding | None) -> None:
             pl.when(round_ > 0)(lambda: mosaic.barrier_wait(r.v_free))
             keys.produce(r.x.value, r.v_smem, r.v_raw, r.v_full, of_v)
 
-        beside = rounding and Beside.of(rounding, round_, progress.tile, tile)
+        beside = None
+        if rounding is not None:  # all heads of a group have as many visits
+            visits = k.members * k.walk(work, 0).count
+            beside = Beside.of(rounding, round_, progress.tile, tile, visits)
 
         def of_member(member: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
             count, part = state
@@ -52,10 +55,7 @@ def produce(k: Backward, rounding: Rounding | None) -> None:
             return count + visits, part
 
         count, part = lax.fori_loop(0, k.members, of_member, (jnp.int32(0), progress.part))
-        if beside is None:
-            return Progress(progress.step + count)
-        beside.end(count)
-        return Progress(progress.step + count, jnp.int32(tile), part)
+        return Progress(progress.step + count, None if beside is None else jnp.int32(tile), part)
 
     zero, block = jnp.int32(0), lax.axis_index("block")
     start = Progress(zero) if rounding is None else Progress(zero, block, block)
@@ -65,7 +65,12 @@ def produce(k: Backward, rounding: Rounding | None) -> None:
     place = announce(k, rounds, tile)  # that there is none left
     arrive(r.k_full.at[place], of_k)
     if rounding is not None:
-        pl.when(rounds > 0)(lambda: rounding.tell(last.tile))
+
+        @pl.when(rounds > 0)
+        def _() -> None:
+            rounding.wait()
+            rounding.tell(last.tile)
+
         rounding.end(0)
     drain(rounds + 1, stages, r.k_free)
     had_tiles = rounds > 0 if k.takes_first else True
@@ -153,6 +158,8 @@ def produce_rows(
         empty = None if r.empty is None else r.empty[work.batch, head, q_block] > 0
         again = step + j >= c.stages
         pl.when(again)(lambda: mosaic.barrier_wait(r.free.at[stage]))
+        if beside is not None:
+            beside.before_copies(before + j)
         if tells_rows(k.problem):
             r.tile_smem[k.place_of_row(step + j)] = q_block * c.block_q
             mosaic.commit_smem()
@@ -168,7 +175,7 @@ def produce_rows(
 
         if empty is None:
             copy(r.q_full.at[stage], r.do_full.at[stage])
-            return part if beside is None else beside.after_visit(before + j, part)
+            return part if beside is None else beside.after_copies(before + j, part)
         pl.when(~empty)(lambda: copy(r.q_full.at[stage], r.do_full.at[stage]))
 
         @pl.when(empty)
@@ -183,7 +190,7 @@ def produce_rows(
             arrive(r.q_full.at[stage], k.forms.q.copies)
             arrive(r.do_full.at[stage], k.forms.do.copies)
 
-        return part if beside is None else beside.after_visit(before + j, part)
+        return part if beside is None else beside.after_copies(before + j, part)
 
     return walk.count, lax.fori_loop(0, walk.count, visit, part)
 

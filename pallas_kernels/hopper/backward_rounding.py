@@ -59,9 +59,12 @@ class Rounding(NamedTuple):
     def of(cls, k: Backward) -> "Rounding":
         return cls(k, mosaic.counters(Parts.of(k).sections))
 
-    def tell(self, tile: Any) -> None:
-        """The producer tells that all has been added that this block adds for a tile of keys."""
+    def wait(self) -> None:
+        """The producer waits until all is added of the tile after those that it has waited for."""
         mosaic.barrier_wait(self.k.refs.added)
+
+    def tell(self, tile: Any) -> None:
+        """The producer tells of a tile of keys, for which it has waited."""
         mosaic.count_up(self.done, lax.div(tile, Parts.of(self.k).tiles))
 
     def leave(self, part: Any) -> None:
@@ -81,7 +84,9 @@ class Rounding(NamedTuple):
         """Rounds a part; before the first one of a section it waits until this is done."""
         k, parts = self.k, Parts.of(self.k)
         section, number = lax.div(part, parts.of_section), lax.rem(part, parts.of_section)
-        pl.when(is_first | (number < step))(lambda: self._wait(section))
+        pl.when(is_first | (number < step))(
+            lambda: mosaic.wait_count(self.done, section, parts.tiles)
+        )
         rest, of_strip = lax.div(part, parts.of_strip), lax.rem(part, parts.of_strip)
         rest, strip = lax.div(rest, parts.strips), lax.rem(rest, parts.strips)
         rest, row_tile = lax.div(rest, parts.row_tiles), lax.rem(rest, parts.row_tiles)
@@ -92,40 +97,37 @@ class Rounding(NamedTuple):
         place = row_tile * ROWS, strip * k.config.width
         mosaic.round_part(sums, of_strip, rounded.at[batch, :, head], *place, k.problem.scale)
 
-    def _wait(self, section: Any) -> None:
-        mosaic.wait_count(self.done, section, Parts.of(self.k).tiles)
-
 
 class Beside(NamedTuple):
-    """What the producer does of it while it copies for a tile of keys."""
+    """What the producer does of it while it copies for a tile of keys.
+
+    Once the consumers are done with the tile before, it tells of that one: with the visit for which
+    it had to wait until they were done with the first one, or with the last visit. Not later: with
+    all copies they could be done with this tile, too. Then it rounds; to wait for others before it
+    has told what these may wait for would be for ever.
+    """
 
     rounding: Rounding
-    last: Any  # the tile before, that this block is yet to tell of
+    last: Any  # the tile before
     exists: Any  # whether there is one
+    due: Any  # the visit with which it tells
     limit: Any  # the first part that is not to be rounded with this tile
 
     @classmethod
-    def of(cls, rounding: Rounding, round_: Any, last: Any, tile: Any) -> "Beside":
+    def of(cls, rounding: Rounding, round_: Any, last: Any, tile: Any, visits: Any) -> "Beside":
         """A section is likely to be done two tiles of each block after its last one."""
         k, parts = rounding.k, Parts.of(rounding.k)
         sections = lax.div(jnp.maximum(tile - 2 * k.blocks, 0), parts.tiles)
         limit = jnp.minimum(sections, parts.sections) * parts.of_section
-        return cls(rounding, last, round_ > 0, limit)
+        return cls(rounding, last, round_ > 0, jnp.minimum(visits - 1, k.config.stages), limit)
 
-    def after_visit(self, visit: Any, part: Any) -> Any:
-        """Returns the next part.
+    def before_copies(self, visit: Any) -> None:
+        """Of a visit."""
+        pl.when(self.exists & (visit == self.due))(self.rounding.wait)
 
-        Before the producer copied for the visit whose number is that of stages, the consumers were
-        done with the first one, and so with the tile before. To wait for others before it has told
-        what these may wait for would be for ever.
-        """
-        k = self.rounding.k
-        pl.when((visit == k.config.stages) & self.exists)(lambda: self.rounding.tell(self.last))
-        may = (visit >= k.config.stages) & (part < self.limit)
-        pl.when(may)(lambda: self.rounding.round(part, k.blocks))
-        return part + jnp.where(may, k.blocks, 0)
-
-    def end(self, visits: Any) -> None:
-        """Tells of the last tile if there were too few visits for it."""
-        few = visits <= self.rounding.k.config.stages
-        pl.when(few & self.exists)(lambda: self.rounding.tell(self.last))
+    def after_copies(self, visit: Any, part: Any) -> Any:
+        """Of a visit; returns the next part."""
+        pl.when(self.exists & (visit == self.due))(lambda: self.rounding.tell(self.last))
+        may, blocks = (visit >= self.due) & (part < self.limit), self.rounding.k.blocks
+        pl.when(may)(lambda: self.rounding.round(part, blocks))
+        return part + jnp.where(may, blocks, 0)
