@@ -119,7 +119,7 @@ class Server:
             return True
         return -(-request.held // self._memory.page_size) <= self._allocator.free_pages
 
-    def _admit(self, index: int, number: int, request: Request) -> "_Slot":
+    def _admit(self, index: int, number: int, request: Request) -> _Slot:
         """Prefills a prompt."""
         slot = _Slot(number, request, len(request.prompt))
         table = None
@@ -142,7 +142,7 @@ class Server:
             )
         return slot
 
-    def _round(self, slots: "Sequence[_Slot | None]") -> np.ndarray:
+    def _round(self, slots: Sequence[_Slot | None]) -> np.ndarray:
         """Tokens [slots, steps] of all slots."""
         lengths = np.array([0 if s is None else s.held for s in slots], np.int32)
         tables = None
@@ -157,7 +157,7 @@ class Server:
         )
         return np.asarray(tokens)
 
-    def _release(self, slot: "_Slot") -> None:
+    def _release(self, slot: _Slot) -> None:
         if self._allocator is not None and slot.sequence is not None:
             self._allocator.free(slot.sequence)
 
