@@ -14,7 +14,7 @@ from bench.capacity import format_bytes
 from bench.gpus import as_if_on
 from bench.results import markdown_table
 from bench.sections.found import Found, number, section
-from bench.sections.speed import forward_ms, measured
+from bench.sections.speed import forward_ms, label, measured
 from pallas_kernels.spec.quantization import FP8
 
 
@@ -26,10 +26,10 @@ def versions(found: Found) -> str:
         for version, name in names.items()
     }
     rows["FA3 (FP16)"] = rows["FA3 (FP16)"] or found.latest(
-        "forward", problem="B8 T4096 N32/32 H64 full", implementation="jaxflash"
+        "forward", problem=label(4096), implementation="jaxflash"
     )
     rows["FA3 (FP8)"] = found.latest(
-        "fp8", problem="B8 T4096 N32/32 H64 full", implementation="jaxflash fp8", reason=None
+        "fp8", problem=label(4096), implementation="jaxflash fp8", reason=None
     )
     lines = []
     for name, claim in seed.VERSIONS.items():

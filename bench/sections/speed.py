@@ -59,15 +59,19 @@ def forward_times(found: Found) -> str:
 def forward_ms(found: Found, length: int) -> dict[str, float | None]:
     """Of batch 8, 32 heads of 64, by who."""
     shape = measured(8, length)
-    problem = f"B8 T{length} N32/32 H64 full"
     standard = found.latest("speed", **shape, implementation=STANDARD)
-    of_table = {"problem": problem, "dtype": "bfloat16"}
+    of_table = {"problem": label(length), "dtype": "bfloat16"}
     cudnn = found.latest("forward", **of_table, implementation="cudnn")
     cudnn = cudnn or found.latest("speed", **shape, implementation="cudnn")
     ours = found.latest("forward", **of_table, implementation="jaxflash")
     ours = ours or found.latest("speed", **shape, implementation=OURS)
     rows = {"standard": standard, "cuDNN": cudnn, "jaxflash": ours}
     return {name: value(row, "median_ms") for name, row in rows.items()}
+
+
+def label(length: int) -> str:
+    """The same problem's in other tables."""
+    return f"B8 T{length} N32/32 H64 full"
 
 
 def measured(batch: int, length: int) -> dict[str, Any]:

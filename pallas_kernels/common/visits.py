@@ -64,6 +64,13 @@ def empties_rows(problem: spec.Problem, modifies: bool) -> bool:
     return p.static_band.transpose().any_keys(0, p.S, p.T) != (0, p.T)
 
 
+def band_hides_keys(problem: spec.Problem) -> bool:
+    """Whether some key is seen by no row, as far as the band tells; it must be static."""
+    p = problem
+    assert p.static_band is not None
+    return p.static_band.any_keys(0, p.T, p.S) != (0, p.S)
+
+
 def ends_within_tiles(problem: spec.Problem, block_kv: int) -> bool:
     """Whether keys that do not exist, or that lengths exclude, are in tiles that are visited.
 

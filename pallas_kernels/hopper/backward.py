@@ -125,10 +125,9 @@ def backward(
     dbias = mosaic.matrices(rest.pop(0)) if stores_bias(problem) else None
     if "bias" in sums:
         dbias = sums["bias"].total()
-    rounded = rest.pop() if rounds_dq(p, c) else None
-    if rounded is None:
-        rounded = _from_strips(sums["query"], None if p.deterministic else p.dtype, p.scale)
-    dq = rounded[:, : p.T, :, : p.H]
+    dtype = None if p.deterministic else p.dtype
+    dq = rest.pop() if rounds_dq(p, c) else _from_strips(sums["query"], dtype, p.scale)
+    dq = dq[:, : p.T, :, : p.H]
     if units is not None:
         dq = _from_units(dq, units, lse, delta)
     of_keys = jnp.sum(rest[0], axis=1) if rest else ()

@@ -135,9 +135,7 @@ def rounds_dq(problem: spec.Problem, c: BackwardConfig) -> bool:
     p = problem
     if not c.rounds or p.deterministic or mosaic.is_interpreting():
         return False
-    if visits.empties_rows(p, modifies(p)):
-        return False
-    return p.static_band is not None and p.static_band.any_keys(0, p.T, p.S) == (0, p.S)
+    return not visits.empties_rows(p, modifies(p)) and not visits.band_hides_keys(p)
 
 
 def key_sums(problem: spec.Problem) -> tuple[str, ...]:

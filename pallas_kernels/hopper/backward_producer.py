@@ -73,8 +73,7 @@ def produce(k: Backward, rounding: Rounding | None) -> None:
 
         rounding.end(0)
     drain(rounds + 1, stages, r.k_free)
-    had_tiles = rounds > 0 if k.takes_first else True
-    pl.when(had_tiles)(lambda: mosaic.barrier_wait(r.v_free))
+    pl.when(rounds > 0)(lambda: mosaic.barrier_wait(r.v_free))
     drain(last.step, k.config.stages, r.free, *((r.do_free,) if k.config.by_columns else ()))
 
 

@@ -236,7 +236,7 @@ class Kernel:
             return True
         if p.static_band is None or x.query_lengths is not None:
             return not p.band.is_unbounded
-        return p.static_band.any_keys(0, p.T, p.S) != (0, p.S)
+        return visits.band_hides_keys(p)
 
     @property
     def empties_rows(self) -> bool:
