@@ -3,9 +3,9 @@
 A block takes a tile of keys and visits the tiles of queries that see some of them. Five products a
 visit: S^T = K Q^T, dP^T = V dO^T, dV += P^T dO, dK += dS^T Q, dQ = dS K. dK and dV stay in the
 registers of two consumer warpgroups until the tile is done (and are then added up, where each head
-of a large group has a block of its own); dQ is added to global memory in float32, by threads, in an
-order of their own that XLA undoes when it rounds the sums, or, where these are large, the kernel
-itself (`backward_rounding`).
+of a large group has a block of its own); dQ is added to global memory in float32, in the order in
+which threads have it, which XLA undoes when it rounds the sums, or, where these are large, the
+kernel itself (`backward_rounding`).
 
 How the consumers divide the work: `backward_by_keys` for heads of up to 128 columns,
 `backward_by_columns` for wider ones. What they have in common, the computation of P and dS, is in
@@ -154,7 +154,9 @@ def _sums(
     """What blocks add to, by the operand whose gradient it is; in the order of `Refs`."""
     dtype = jnp.int32 if p.deterministic else jnp.float32
     shape: tuple[int, ...] = (p.B, q_blocks * c.block_q // ROWS, p.N, forms.q.strips)
-    found = {"query": mosaic.Sums.zero(kv_blocks, shape, c.width, dtype)}
+    found = {
+        "query": mosaic.Sums.zero(kv_blocks, shape, c.width, dtype, is_staged=not c.by_columns)
+    }
     if sums_bias(p) and not stores_bias(p):
         shape = _bias_tiles(p, c, q_blocks, kv_blocks)
         found["bias"] = mosaic.Sums.zero(p.B * p.N, shape, c.bias_width)

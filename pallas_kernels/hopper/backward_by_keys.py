@@ -6,9 +6,12 @@ the product dQ = dS K sums over all keys: dS goes through shared memory, and eac
 multiplies a part, which it adds to global memory.
 
 That product needs what both consumers have shown. It is left to the next visit, so that neither
-waits: they drift apart, and one multiplies while the other computes exponentials.
+waits: they drift apart, and one multiplies while the other computes exponentials. From there dQ
+goes to shared memory, and is added to global memory by a copy that starts when dS is shown: to add
+by threads has them wait in a queue while tensor cores have nothing to do.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,12 +28,12 @@ from pallas_kernels.hopper.backward_visit import (
     Here,
     Order,
     Weights,
-    add_dq,
     add_keys,
     gradient,
     nothing_summed,
     probabilities,
     show,
+    stage_dq,
     sum_up,
     units_of_rows,
 )
@@ -59,7 +62,7 @@ def visit(c: Consumer, work: KeyWork, at: At, masked: bool, carry: Carry) -> Car
     before = c.slot(at.step - 1)
     if masked:  # one after the other, or registers run out
         dq = mosaic.settle(start_dq(c, before))
-        add_share(c, work, carry.last, units_of_share(c, work, carry.last), dq)
+        add = stage_share(c, work, carry.last, units_of_share(c, work, carry.last), dq)
         here = c.here(work, at, masked)
         weights = probabilities(c, here, mosaic.settle(start_scores(c, here.stage)))
     else:
@@ -69,8 +72,8 @@ def visit(c: Consumer, work: KeyWork, at: At, masked: bool, carry: Carry) -> Car
         units = units_of_share(c, work, carry.last)
         weights = probabilities(c, here, mosaic.settle(s, in_flight=CONSUMERS))
         weights = lax.optimization_barrier(weights)
-        add_share(c, work, carry.last, units, mosaic.settle(dq))
-    return differentiate(c, here, weights, carry.dk, carry.dv, carry.sums)
+        add = stage_share(c, work, carry.last, units, mosaic.settle(dq))
+    return differentiate(c, here, weights, carry.dk, carry.dv, carry.sums, add)
 
 
 def differentiate(
@@ -80,8 +83,9 @@ def differentiate(
     dk: jax.Array,
     dv: jax.Array,
     sums: tuple[jax.Array, ...],
+    add: Callable[[], None] | None = None,
 ) -> Carry:
-    """A visit from P^T on; leaves dS in shared memory.
+    """A visit from P^T on; leaves dS in shared memory. ``add``: of `stage_share`.
 
     The place of dS is free: it had what was shown two visits ago, and all have shown something
     since, as they do after their product with what was shown before.
@@ -93,9 +97,11 @@ def differentiate(
     exact = gradient(c, here, weights, mosaic.settle(dp, in_flight=1))
     sums = sum_up(c, here, exact, sums)
     ds = exact.astype(c.k.problem.dtype)
+    (dk,) = mosaic.start_columns(ds, r.q_smem.at(here.stage), (dk,))
     strips = r.ds_smem.at(here.slot, c.group).strips()
     show(c, here.slot, *((strip, ds[:, at : at + width]) for strip, at, width in strips))
-    (dk,) = mosaic.start_columns(ds, r.q_smem.at(here.stage), (dk,))
+    if add is not None:
+        add()
     dv, dk = mosaic.settle(dv, in_flight=1), mosaic.settle(dk)
     mosaic.barrier_arrive(r.free.at[here.stage])
     return Carry(dk, dv, sums, Last(here.of_rows.head, here.row))
@@ -108,7 +114,9 @@ def finish(c: Consumer, work: KeyWork, step: Any, carry: Carry) -> None:
     units = units_of_share(c, work, carry.last)
     dq = mosaic.settle(start_dq(c, c.slot(step)))
     mosaic.barrier_arrive(r.k_free.at[c.place])
-    add_share(c, work, carry.last, units, dq)
+    add = stage_share(c, work, carry.last, units, dq)
+    mosaic.commit_smem()
+    add()
     store(c, work, carry.dv, r.dv_gmem)
     store(c, work, carry.dk * k.problem.scale, r.dk_gmem)
 
@@ -150,9 +158,11 @@ def units_of_share(c: Consumer, work: KeyWork, last: Last) -> Any:
     return units_of_rows(c, work, last.head, c.row0(last.row) + share(c)[0] * ROWS)
 
 
-def add_share(c: Consumer, work: KeyWork, last: Last, units: Any, dq: jax.Array) -> None:
+def stage_share(
+    c: Consumer, work: KeyWork, last: Last, units: Any, dq: jax.Array
+) -> Callable[[], None]:
     rows, strip = share(c)
-    add_dq(c, work, last.head, c.row0(last.row) + rows * ROWS, strip, units, dq)
+    return stage_dq(c, work, last.head, c.row0(last.row) + rows * ROWS, strip, units, dq)
 
 
 def store(c: Consumer, work: KeyWork, x: jax.Array, gmem: mosaic.Ref) -> None:
@@ -163,9 +173,10 @@ def store(c: Consumer, work: KeyWork, x: jax.Array, gmem: mosaic.Ref) -> None:
         return
     gmem = gmem.at[work.batch, pl.ds(c.key0(work), ROWS), work.head]
     mosaic.wait_smem_to_gmem(0, wait_read_only=True)
-    places = list(k.refs.out_smem.at(c.me).strips())
+    strips = k.refs.out_smem.at(c.me).strips()
+    places = [strip for strip in strips if strip[1] < x.shape[1]]
     for strip, start, width in places:
-        mosaic.store(strip.tiled, x[:, start : start + width].astype(k.problem.dtype))
+        mosaic.store_operand(strip.tiled, x[:, start : start + width].astype(k.problem.dtype))
     mosaic.commit_smem()
     for strip, start, _ in places:
         mosaic.copy_out(strip, gmem, start)

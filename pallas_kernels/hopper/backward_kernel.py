@@ -91,10 +91,12 @@ class BackwardConfig:
 def _should_round(p: spec.Problem) -> bool:
     """Whether it is faster that the kernel rounds dQ, see `bench/LOG.md`.
 
-    Not if the sums are in the L2 cache when it ends; nor if many add to the same rows at the same
-    time: to tell that a tile of keys is done then takes long.
+    Not if the sums are in the L2 cache when it ends; nor, of wide heads, if many add to the same
+    rows at the same time: to tell that a tile of keys is done then takes long.
     """
     is_large = 4 * p.B * p.T * p.N * p.H > gpu.L2_CACHE_BYTES
+    if max(p.H, p.Hv) <= _NARROW:
+        return is_large
     keys = p.S if p.band.lo is None or p.band.hi is None else min(p.S, p.band.hi - p.band.lo + 1)
     return is_large and keys <= _FEW_KEYS_OF_ROW
 
@@ -179,7 +181,8 @@ class Refs(NamedTuple):
     do_smem: mosaic.Matrix  # [stages, block_q, Hv]
     ds_smem: mosaic.Matrix  # [2, key_groups, 64, block_q]
     p_smem: mosaic.Matrix  # likewise, if by_columns
-    out_smem: mosaic.Matrix  # [consumers, 64, H or Hv]: dV, then dK; unless by_columns
+    # [consumers, 64, H or Hv, at least 128], unless by_columns: dV, then dK; before, sums of dQ.
+    out_smem: mosaic.Matrix
     stats_smem: mosaic.Ref  # [stages, 2 * block_q] float32
     # [numbers] int32: which tiles of keys come next; a number taken; first rows. And where the
     # kernel rounds dQ, see `Rounding`.
@@ -225,6 +228,11 @@ class BackwardForms(NamedTuple):
             ds=mosaic.Form.in_strips(ROWS, c.block_q, c.width, c.block_q // c.width),
         )
 
+    def out(self, c: BackwardConfig) -> mosaic.Form:
+        """Of dK and dV on their way out, with room for 64 x 64 float32."""
+        strips = max(self.k.strips, 2)
+        return mosaic.Form.in_strips(ROWS, strips * c.width, c.width, strips)
+
     def of_tile(self, c: BackwardConfig) -> tuple[int, int]:
         """How many copies it takes to have K, and V, of a tile of keys."""
         return c.key_groups * self.k.copies, c.key_groups * self.v.copies
@@ -242,7 +250,7 @@ class BackwardForms(NamedTuple):
             **(
                 {"p_smem": self.ds.smem(2, c.key_groups, dtype=dtype)}
                 if c.by_columns
-                else {"out_smem": self.k.smem(CONSUMERS, dtype=dtype)}
+                else {"out_smem": self.out(c).smem(CONSUMERS, dtype=dtype)}
             ),
             "stats_smem": mosaic.SMEM((c.stages, 2 * c.block_q), jnp.float32),
             "tile_smem": mosaic.SMEM((c.numbers + rounds_dq(p, c),), jnp.int32),

@@ -65,12 +65,7 @@ def produce(k: Backward, rounding: Rounding | None) -> None:
     place = announce(k, rounds, tile)  # that there is none left
     arrive(r.k_full.at[place], of_k)
     if rounding is not None:
-
-        @pl.when(rounds > 0)
-        def _() -> None:
-            rounding.wait()
-            rounding.tell(last.tile)
-
+        rounding.tell(last.tile, rounds > 0)
         rounding.end(0)
     drain(rounds + 1, stages, r.k_free)
     pl.when(rounds > 0)(lambda: mosaic.barrier_wait(r.v_free))
@@ -157,8 +152,6 @@ def produce_rows(
         empty = None if r.empty is None else r.empty[work.batch, head, q_block] > 0
         again = step + j >= c.stages
         pl.when(again)(lambda: mosaic.barrier_wait(r.free.at[stage]))
-        if beside is not None:
-            beside.before_copies(before + j)
         if tells_rows(k.problem):
             r.tile_smem[k.place_of_row(step + j)] = q_block * c.block_q
             mosaic.commit_smem()

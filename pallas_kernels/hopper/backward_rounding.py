@@ -59,13 +59,20 @@ class Rounding(NamedTuple):
     def of(cls, k: Backward) -> "Rounding":
         return cls(k, mosaic.counters(Parts.of(k).sections))
 
-    def wait(self) -> None:
-        """The producer waits until all is added of the tile after those that it has waited for."""
-        mosaic.barrier_wait(self.k.refs.added)
+    def added(self) -> None:
+        """A consumer tells the producer that all is added of the tiles before, if any.
 
-    def tell(self, tile: Any) -> None:
-        """The producer tells of a tile of keys, for which it has waited."""
-        mosaic.count_up(self.done, lax.div(tile, Parts.of(self.k).tiles))
+        It does so after the first visit of each tile, not to wait for what is on its way, and in
+        the end.
+        """
+        mosaic.wait_smem_to_gmem(0)
+        mosaic.barrier_arrive(self.k.refs.added)
+
+    def tell(self, tile: Any, exists: Any) -> None:
+        """The producer tells the other blocks of a tile of keys, if any, as consumers tell it."""
+        mosaic.barrier_wait(self.k.refs.added)
+        section = lax.div(tile, Parts.of(self.k).tiles)
+        pl.when(exists)(lambda: mosaic.count_up(self.done, section))
 
     def leave(self, part: Any) -> None:
         """The producer leaves this part and those after it to all warpgroups."""
@@ -101,9 +108,8 @@ class Rounding(NamedTuple):
 class Beside(NamedTuple):
     """What the producer does of it while it copies for a tile of keys.
 
-    Once the consumers are done with the tile before, it tells of that one: with the visit for which
-    it had to wait until they were done with the first one, or with the last visit. Not later: with
-    all copies they could be done with this tile, too. Then it rounds; to wait for others before it
+    With the visit for which it had to wait until the consumers were done with the first one, or
+    with the last visit, it tells of the tile before. Then it rounds; to wait for others before it
     has told what these may wait for would be for ever.
     """
 
@@ -121,13 +127,9 @@ class Beside(NamedTuple):
         limit = jnp.minimum(sections, parts.sections) * parts.of_section
         return cls(rounding, last, round_ > 0, jnp.minimum(visits - 1, k.config.stages), limit)
 
-    def before_copies(self, visit: Any) -> None:
-        """Of a visit."""
-        pl.when(self.exists & (visit == self.due))(self.rounding.wait)
-
     def after_copies(self, visit: Any, part: Any) -> Any:
         """Of a visit; returns the next part."""
-        pl.when(self.exists & (visit == self.due))(lambda: self.rounding.tell(self.last))
+        pl.when(visit == self.due)(lambda: self.rounding.tell(self.last, self.exists))
         may, blocks = (visit >= self.due) & (part < self.limit), self.rounding.k.blocks
         pl.when(may)(lambda: self.rounding.round(part, blocks))
         return part + jnp.where(may, blocks, 0)

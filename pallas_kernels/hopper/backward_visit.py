@@ -143,9 +143,7 @@ def consume(k: Backward, order: Order, rounding: Rounding | None) -> None:
         place, tile, step = state
         # What is uniform needs no register in every thread.
         work = jax.tree.map(mosaic.uniform, k.work(tile))
-        step = attend(Consumer(k, me, place), order, work, step)
-        if rounding is not None:
-            mosaic.barrier_arrive(r.added)
+        step = attend(Consumer(k, me, place), order, work, step, rounding)
         return *next_tile(lax.rem(place + 1, k.config.key_stages)), step
 
     zero = jnp.int32(0)
@@ -153,11 +151,12 @@ def consume(k: Backward, order: Order, rounding: Rounding | None) -> None:
     place, *_ = lax.while_loop(lambda state: state[1] < k.schedule.tiles, of_tile, state)
     mosaic.barrier_arrive(r.k_free.at[place])
     if rounding is not None:
+        rounding.added()
         rounding.end(1 + me)
     mosaic.wait_smem_to_gmem(0)
 
 
-def attend(c: Consumer, order: Order, work: KeyWork, step: Any) -> Any:
+def attend(c: Consumer, order: Order, work: KeyWork, step: Any, rounding: Rounding | None) -> Any:
     """All visits of a tile of keys; returns the number of the next visit."""
     k = c.k
 
@@ -183,6 +182,8 @@ def attend(c: Consumer, order: Order, work: KeyWork, step: Any) -> Any:
         return step + mosaic.opaque(walk.count), finish_head(c.fresh(), work, member, carry)
 
     state = (step, order.begin(c.fresh(), work, step))
+    if rounding is not None:
+        rounding.added()
     if k.members == 1:
         state = of_member(0, state)
     else:  # a number that is known, if small, would have the compiler write the loop out
@@ -284,10 +285,30 @@ def add_dq(
     c: Consumer, work: KeyWork, head: Any, row0: Any, strip: Any, units: Any, dq: jax.Array
 ) -> None:
     """Adds 64 rows and a strip of dQ to global memory."""
-    if units is not None:
-        dq = dq * mosaic.spread_rows(units, dq.shape)
+    mosaic.add(place_of_dq(c, work, head, row0, strip), in_units(dq, units))
+
+
+def stage_dq(
+    c: Consumer, work: KeyWork, head: Any, row0: Any, strip: Any, units: Any, dq: jax.Array
+) -> Callable[[], None]:
+    """Prepares to add them by a copy, from shared memory that dK and dV leave by.
+
+    What is returned starts it, once what this warpgroup has written is committed.
+    """
+    if mosaic.is_interpreting():
+        return lambda: add_dq(c, work, head, row0, strip, units, dq)
+    (view,) = c.k.refs.out_smem.at(c.me).views
+    mosaic.stage(in_units(dq, units), view.tiled, c.k.refs.dq_gmem.dtype)
+    return lambda: mosaic.add_staged(place_of_dq(c, work, head, row0, strip), view.tiled)
+
+
+def place_of_dq(c: Consumer, work: KeyWork, head: Any, row0: Any, strip: Any) -> mosaic.Ref:
     slab, row_tile = work.kv_block if mosaic.is_interpreting() else 0, lax.div(row0, ROWS)
-    mosaic.add(c.k.refs.dq_gmem.at[slab, work.batch, row_tile, head, strip], dq)
+    return c.k.refs.dq_gmem.at[slab, work.batch, row_tile, head, strip]
+
+
+def in_units(dq: jax.Array, units: Any) -> jax.Array:
+    return dq if units is None else dq * mosaic.spread_rows(units, dq.shape)
 
 
 def add_keys(c: Consumer, work: KeyWork, first: Any, x: jax.Array, gmem: mosaic.Ref) -> None:
@@ -302,7 +323,8 @@ def add_keys(c: Consumer, work: KeyWork, first: Any, x: jax.Array, gmem: mosaic.
 
 def show(c: Consumer, slot: Any, *shown: tuple[mosaic.View, jax.Array]) -> None:
     """Stores into strips of shared memory, and shows them to all consumers."""
+    store = mosaic.store if c.k.config.by_columns else mosaic.store_operand
     for strip, x in shown:
-        mosaic.store(strip.tiled, x)
+        store(strip.tiled, x)
     mosaic.commit_smem()
     mosaic.barrier_arrive(c.k.refs.ds_full.at[slot])

@@ -46,8 +46,17 @@ from pallas_kernels.mosaic.matrix import (
     copy_rows_in,
 )
 from pallas_kernels.mosaic.memory import Ref, layout_cast, load, store, tiled_smem
-from pallas_kernels.mosaic.sums import Sums, add, matrices, parts_of_rounding, put, round_part
-from pallas_kernels.mosaic.turned import store_turned
+from pallas_kernels.mosaic.squares import store_operand, store_turned
+from pallas_kernels.mosaic.sums import (
+    Sums,
+    add,
+    add_staged,
+    matrices,
+    parts_of_rounding,
+    put,
+    round_part,
+    stage,
+)
 from pallas_kernels.mosaic.values import (
     fold_parts,
     full,
@@ -84,6 +93,7 @@ __all__ = [
     "Sums",
     "View",
     "add",
+    "add_staged",
     "as_left_operand",
     "barrier_arrive",
     "barrier_wait",
@@ -126,10 +136,12 @@ __all__ = [
     "spread_columns",
     "spread_parts",
     "spread_rows",
+    "stage",
     "start",
     "start_columns",
     "start_turned",
     "store",
+    "store_operand",
     "store_turned",
     "take_number",
     "tiled_smem",

@@ -13,24 +13,34 @@ from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jaxlib.mlir import ir
 
 from pallas_kernels.mosaic import interpreter
-from pallas_kernels.mosaic.dialects import arith, llvm, scf, vector
-from pallas_kernels.mosaic.memory import Ref, store
+from pallas_kernels.mosaic.dialects import arith, llvm, nvvm, scf, vector
+from pallas_kernels.mosaic.memory import Ref, ref_type, store
 
 _HEIGHT = 64
 # How rows of a matrix are spread over threads: by warp, half and group of four lanes. Columns are:
 # by registers that a thread writes at once, register, lane within the group, element of a register.
 _ROWS = (4, 2, 8)
-# In memory: warp, half, registers, then group and lane, then what one thread writes at once: 16
-# bytes, or one integer.
-_BY_VECTOR, _BY_ELEMENT = (0, 1, 3, 2, 5, 4, 6), (0, 1, 3, 4, 6, 2, 5)
+# In memory: warp, columns, then group and lane, then what one thread writes at once: of 32 bits two
+# columns of both halves, which are registers that follow each other, or one integer of those that
+# are added one by one; of 16 bits eight columns, of one half and then of the other.
+_BY_VECTOR, _BY_ELEMENT, _OF_16_BITS = (
+    (0, 3, 2, 5, 1, 4, 6),
+    (0, 3, 4, 1, 6, 2, 5),
+    (0, 1, 3, 2, 5, 4, 6),
+)
 _LANES, _AT_ONCE, _VECTOR_BYTES = 32, 4, 16
-# Of `round_part`: columns, if a part had all rows of a warp; vectors that a thread loads.
-_PART_WIDTH, _PARTS_VECTORS = 32, 4
+_PART_WIDTH = 32  # columns, of `round_part`
 _SPLAT = plgpu.Layout.WG_SPLAT
 _ADD_FOUR = "red.relaxed.gpu.global.add.v4.f32 [$0], {$1, $2, $3, $4};"
 _LOAD_FOUR = "ld.relaxed.gpu.global.v4.f32 {$0, $1, $2, $3}, [$4];"
 _STORE_FOUR = "st.global.v4.b32 [$0], {$1, $2, $3, $4};"
 _ADD_ROUNDED = "{ .reg .s32 t; cvt.rni.s32.f32 t, $1; red.relaxed.gpu.global.add.s32 [$0], t; }"
+_STAGE_FOUR = "st.shared.v4.f32 [$0], {$1, $2, $3, $4};"
+_STAGE_FOUR_ROUNDED = """{
+    .reg .s32 a, b, c, d;
+    cvt.rni.s32.f32 a, $1; cvt.rni.s32.f32 b, $2; cvt.rni.s32.f32 c, $3; cvt.rni.s32.f32 d, $4;
+    st.shared.v4.s32 [$0], {a, b, c, d};
+}"""
 
 
 class Sums(NamedTuple):
@@ -45,19 +55,28 @@ class Sums(NamedTuple):
     """
 
     ref: Any  # [slabs, ..., 64 * width], one of the kernel's last operands
+    is_staged: bool  # added to by `add_staged`, not by `add`
 
     @classmethod
-    def zero(cls, slabs: int, shape: tuple[int, ...], width: int, dtype: Any = jnp.float32) -> Sums:
+    def zero(
+        cls,
+        slabs: int,
+        shape: tuple[int, ...],
+        width: int,
+        dtype: Any = jnp.float32,
+        *,
+        is_staged: bool = False,
+    ) -> Sums:
         """Nothing added yet to ``shape`` matrices; ``width`` is a multiple of 16."""
         slabs = slabs if interpreter.is_interpreting() else 1
-        return cls(jax.new_ref(jnp.zeros((slabs, *shape, _HEIGHT * width), dtype)))
+        return cls(jax.new_ref(jnp.zeros((slabs, *shape, _HEIGHT * width), dtype)), is_staged)
 
     def total(self) -> jax.Array:
         """What has been added once the kernel has been called, [..., 64, width]."""
         found = jax.freeze(self.ref)
         if interpreter.is_interpreting():
             return matrices(jnp.sum(found, axis=0))
-        return matrices(found[0])
+        return matrices(found[0], is_staged=self.is_staged)
 
     @classmethod
     def exist(cls) -> bool:
@@ -65,14 +84,15 @@ class Sums(NamedTuple):
         return jax.__version_info__ >= (0, 11)
 
 
-def matrices(found: jax.Array) -> jax.Array:
-    """[..., 64, width], of what `add` has summed up or `put` has stored, [..., 64 * width]."""
+def matrices(found: jax.Array, *, is_staged: bool = False) -> jax.Array:
+    """[..., 64, width], of what has been summed up or `put` has stored, [..., 64 * width]."""
     leading = found.shape[:-1]
     if interpreter.is_interpreting():
         return found.reshape(*leading, _HEIGHT, -1)
-    exact = found.dtype == jnp.int32
-    registers = 2 if exact else _VECTOR_BYTES // found.dtype.itemsize // 2
-    order = _BY_ELEMENT if exact else _BY_VECTOR
+    by_element = found.dtype == jnp.int32 and not is_staged
+    registers, order = 1, _BY_ELEMENT if by_element else _BY_VECTOR
+    if found.dtype.itemsize == 2:
+        registers, order = _VECTOR_BYTES // 2 // 2, _OF_16_BITS
     sizes = np.array((*_ROWS, -1, registers, 4, 2))
     back = [len(leading) + int(i) for i in np.argsort(order)]
     found = found.reshape(*leading, *sizes[list(order)])
@@ -134,6 +154,69 @@ def add(sum_: Ref, value: jax.Array) -> None:
     run(sum_, value)
 
 
+def stage(value: jax.Array, staging: Ref, dtype: Any) -> None:
+    """Writes a float32 matrix [64, width] to where `add_staged` takes it from; not interpreted.
+
+    Args:
+      value: Rounded, if it is to be added to integers.
+      staging: Shared memory of as many bytes or more, whatever it is else used for. What has been
+        copied from there before is read first.
+      dtype: Of the sums.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, ref_type(staging)))
+    def run(_: Any, value: Any, staging: Any) -> None:
+        i32, elements = ir.IntegerType.get_signless(32), _elements(value)
+        write = _STAGE_FOUR if dtype == jnp.float32 else _STAGE_FOUR_ROUNDED
+        nvvm.cp_async_bulk_wait_group(0, read=True)
+        mgpu_utils.warpgroup_barrier()
+        base = _start(mgpu_utils.memref_ptr(staging), _LANES * len(elements), _AT_ONCE)
+        for start in range(0, len(elements), _AT_ONCE):
+            place = llvm.ptrtoint(i32, mgpu_utils.getelementptr(base, [start * _LANES], i32))
+            llvm.inline_asm(
+                ir.Type.parse("!llvm.void"),
+                [place, *elements[start : start + _AT_ONCE]],
+                write,
+                "r" + ",f" * _AT_ONCE,
+                has_side_effects=True,
+            )
+
+    run(value, staging)
+
+
+def add_staged(sum_: Ref, staging: Ref) -> None:
+    """Adds what this warpgroup has staged, and shown by ``commit_smem``, to one of `Sums` by copy.
+
+    ``wait_smem_to_gmem`` waits for it, as for other copies. There is no jump in it: products that
+    run meanwhile would be serialised.
+    """
+    add = "cp.reduce.async.bulk.global.shared::cta.bulk_group.add."
+    add += "f32" if sum_.dtype == jnp.float32 else "s32"
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ref_type(staging)))
+    def run(_: Any, sum_: Any, staging: Any) -> None:
+        i32 = ir.IntegerType.get_signless(32)
+        source = llvm.ptrtoint(i32, mgpu_utils.memref_ptr(staging))
+        size = mgpu_utils.c(4 * ir.MemRefType(sum_.type).shape[0], i32)
+        llvm.inline_asm(
+            ir.Type.parse("!llvm.void"),
+            [mgpu_utils.memref_ptr(sum_), source, size],
+            f"""{{
+                .reg .pred is_first;
+                .reg .u32 thread;
+                mov.u32 thread, %tid.x;
+                and.b32 thread, thread, {4 * _LANES - 1};
+                setp.eq.u32 is_first, thread, 0;
+                @is_first {add} [$0], [$1], $2;
+                @is_first cp.async.bulk.commit_group;
+            }}""",
+            "l,r,r,~{memory}",
+            has_side_effects=True,
+        )
+
+    run(sum_, staging)
+
+
 def parts_of_rounding(width: int) -> int:
     """In how many parts `round_part` takes a matrix [64, width]."""
     return width // _PART_WIDTH
@@ -154,7 +237,6 @@ def round_part(
     """
     rows, columns = out.shape
     width = sum_.shape[0] // _HEIGHT
-    parts, across = parts_of_rounding(width), width // 16
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), *3 * (_SPLAT,)))
     def run(_: Any, sum_: Any, out: Any, *numbers: Any) -> None:
@@ -169,9 +251,10 @@ def round_part(
 
         lane, warp = _lane_and_warp()
         lanes = mgpu_utils.c(4, i32)  # that have the same row
-        for more in (times(warp, 16), times(part, 16 // parts), arith.divui(lane, lanes)):
-            row = arith.addi(row, more)
-        of_part = times(part, _PARTS_VECTORS * _AT_ONCE * _LANES)
+        row = arith.addi(row, arith.addi(times(warp, 16), arith.divui(lane, lanes)))
+        column = arith.addi(column, times(part, _PART_WIDTH))
+        vectors = _PART_WIDTH // 8
+        of_part = times(part, vectors * _AT_ONCE * _LANES)
         source = _start(mgpu_utils.memref_ptr(sum_), _HEIGHT // 4 * width, _AT_ONCE)
         source = mgpu_utils.getelementptr(source, [of_part], f32)
         first = arith.extui(i64, arith.addi(column, times(arith.remui(lane, lanes), 2)))
@@ -187,21 +270,21 @@ def round_part(
                 "=f,=f,=f,=f,l",
                 has_side_effects=True,
             )
-            for i in range(_PARTS_VECTORS)
+            for i in range(vectors)
         ]
         factor = mgpu_utils.c(scale, f32)
 
-        def store_pair(half: int, across_: int, pair: int) -> None:
+        def store_pair(vector_: int, half: int) -> None:
             """Two neighbours of a row."""
-            found = loaded[half * across + across_]
+            found = loaded[vector_]
             both = [
-                arith.mulf(llvm.extractvalue(f32, found, [2 * pair + j]), factor) for j in range(2)
+                arith.mulf(llvm.extractvalue(f32, found, [2 * half + j]), factor) for j in range(2)
             ]
             rounded = arith.truncf(
                 ir.VectorType.get((2,), element),
                 vector.from_elements(ir.VectorType.get((2,), f32), both),
             )
-            below, right = 8 * half, 16 * across_ + 8 * pair
+            below, right = 8 * half, 8 * vector_
             place = mgpu_utils.getelementptr(target, [below * strides[0] + right], element)
             exists = arith.andi(_is_below(row, below, rows), _is_below(column, right, columns))
             with ir.InsertionPoint(scf.IfOp(exists).then_block):
@@ -214,7 +297,7 @@ def round_part(
                 )
                 scf.yield_([])
 
-        for at in np.ndindex(2 // parts, across, 2):
+        for at in np.ndindex(vectors, 2):
             store_pair(*at)
 
     run(sum_, out, *map(jnp.int32, (part, row, column)))
@@ -235,9 +318,9 @@ def _start(base: Any, words: int, at_once: int) -> Any:
 
 
 def _lane_and_warp() -> tuple[Any, Any]:
-    """Within the warpgroup."""
+    """Within the warpgroup; asked for anew, not held in registers."""
     i32 = ir.IntegerType.get_signless(32)
-    thread = mgpu_utils.thread_idx()
+    thread = llvm.inline_asm(i32, [], "mov.u32 $0, %tid.x;", "=r", has_side_effects=True)
     lane = arith.remui(thread, mgpu_utils.c(32, i32))
     return lane, arith.remui(arith.divui(thread, mgpu_utils.c(32, i32)), mgpu_utils.c(4, i32))
 
@@ -253,7 +336,7 @@ def _words(register: Any) -> list[Any]:
 
 
 def _elements(value: Any) -> list[Any]:
-    """A thread's elements by half, then by column, as far as the thread has them."""
+    """A thread's elements, as far as the thread has them, in the order of `_registers`."""
     return [
         vector.extract(value.registers[at], dynamic_position=[], static_position=[i])
         for at in _registers(value)
@@ -262,11 +345,16 @@ def _elements(value: Any) -> list[Any]:
 
 
 def _registers(value: Any) -> list[tuple[int, ...]]:
-    return _placed(value.registers)
+    """Where a thread's registers are: by column, then by half; of 16 bits the other way round."""
+    by_half = _placed(value.registers)
+    if mgpu_utils.bitwidth(value.mlir_dtype) == 16:
+        return by_half
+    number = len(by_half) // 2
+    return [at for pair in zip(by_half[:number], by_half[number:], strict=True) for at in pair]
 
 
 def _placed(registers: np.ndarray) -> list[tuple[int, ...]]:
-    """Where a thread's registers are, by half, then by column."""
+    """The same by half, then by column."""
     steps = [
         fa.WGMMA_LAYOUT.tiling.tile_strides(tuple(int(i == axis) for i in range(2)))
         for axis in range(2)

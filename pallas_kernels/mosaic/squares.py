@@ -1,4 +1,4 @@
-"""Matrices that are turned on their way from registers to shared memory."""
+"""Matrices on their way from registers to shared memory, square by square of 8 x 8."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ def store_turned(ref: Ref, value: jax.Array) -> None:
     if interpreter.is_interpreting():
         ref[...] = value.T
         return
-    _, swizzle = tiling_of(ref)
-    assert swizzle == _SWIZZLE, f"knows tiles of {_SWIZZLE} bytes a row; got {swizzle}"
+    _check(ref)
 
     @plgpu.inline_mgpu(arg_types=(ref_type(ref), plgpu.Layout.WGMMA))
     def run(_: Any, ref: Any, value: Any) -> None:
@@ -50,6 +49,63 @@ def store_turned(ref: Ref, value: jax.Array) -> None:
                 )
 
     run(ref, value)
+
+
+def store_operand(ref: Ref, value: jax.Array) -> None:
+    """Stores a matrix [64, 64] of 16 bits from registers that are a product's left operand, too.
+
+    They are written in the order in which the product has them, so that none moves. Tiles have
+    rows of 128 bytes.
+    """
+    if interpreter.is_interpreting():
+        ref[...] = value
+        return
+    _check(ref)
+
+    @plgpu.inline_mgpu(arg_types=(ref_type(ref), plgpu.Layout.WGMMA))
+    def run(_: Any, ref: Any, value: Any) -> None:
+        i32 = ir.IntegerType.get_signless(32)
+        (down, *_), _ = ir.MemRefType(ref.type).get_strides_and_offset()  # [8, 1, 8, 64]
+        start = arith.addi(llvm.ptrtoint(i32, mgpu_utils.memref_ptr(ref)), _start_of_rows(2 * down))
+        _, columns = value.shape
+        for i, four in enumerate(value.registers.reshape(columns // (2 * _SIDE), 4)):
+            # Chunks are numbered with the row's number added without carry: so is what is added.
+            place = arith.xori(start, mgpu_utils.c(2 * i * _CHUNK, i32))
+            llvm.inline_asm(
+                ir.Type.parse("!llvm.void"),
+                [place, *(mgpu_utils.bitcast(x, i32) for x in four)],
+                "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};",
+                "r,r,r,r,r",
+                has_side_effects=True,
+            )
+
+    run(ref, value)
+
+
+def _check(ref: Ref) -> None:
+    _, swizzle = tiling_of(ref)
+    assert swizzle == _SWIZZLE, f"knows tiles of {_SWIZZLE} bytes a row; got {swizzle}"
+
+
+def _start_of_rows(tile: int) -> Any:
+    """Where a thread's row of the first four squares of a warp is, in bytes: two by two, by column.
+
+    A tile has eight rows, and so many bytes.
+    """
+    i32 = ir.IntegerType.get_signless(32)
+
+    def number(x: int) -> Any:
+        return mgpu_utils.c(x, i32)
+
+    # Asked for anew: held in registers, what follows from it would take the place of others.
+    thread = llvm.inline_asm(i32, [], "mov.u32 $0, %tid.x;", "=r", has_side_effects=True)
+    row, square = arith.remui(thread, number(_SIDE)), arith.divui(thread, number(_SIDE))
+    down, right = arith.remui(square, number(2)), arith.divui(square, number(2))
+    warp = arith.remui(arith.divui(thread, number(32)), number(4))
+    chunk = arith.xori(arith.remui(right, number(2)), row)
+    start = arith.muli(arith.addi(arith.muli(warp, number(2)), down), number(tile))
+    start = arith.addi(start, arith.muli(row, number(_SWIZZLE)))
+    return arith.addi(start, arith.muli(chunk, number(_CHUNK)))
 
 
 def _start() -> Any:
