@@ -28,6 +28,7 @@ from pallas_kernels.hopper.backward_visit import (
     Here,
     Order,
     Weights,
+    add_dq,
     add_keys,
     gradient,
     nothing_summed,
@@ -114,9 +115,7 @@ def finish(c: Consumer, work: KeyWork, step: Any, carry: Carry) -> None:
     units = units_of_share(c, work, carry.last)
     dq = mosaic.settle(start_dq(c, c.slot(step)))
     mosaic.barrier_arrive(r.k_free.at[c.place])
-    add = stage_share(c, work, carry.last, units, dq)
-    mosaic.commit_smem()
-    add()
+    add_dq(c, *place_of_share(c, work, carry.last), units, dq)  # dV is waiting for shared memory
     store(c, work, carry.dv, r.dv_gmem)
     store(c, work, carry.dk * k.problem.scale, r.dk_gmem)
 
@@ -161,8 +160,12 @@ def units_of_share(c: Consumer, work: KeyWork, last: Last) -> Any:
 def stage_share(
     c: Consumer, work: KeyWork, last: Last, units: Any, dq: jax.Array
 ) -> Callable[[], None]:
+    return stage_dq(c, *place_of_share(c, work, last), units, dq)
+
+
+def place_of_share(c: Consumer, work: KeyWork, last: Last) -> tuple[KeyWork, Any, Any, Any]:
     rows, strip = share(c)
-    return stage_dq(c, work, last.head, c.row0(last.row) + rows * ROWS, strip, units, dq)
+    return work, last.head, c.row0(last.row) + rows * ROWS, strip
 
 
 def store(c: Consumer, work: KeyWork, x: jax.Array, gmem: mosaic.Ref) -> None:

@@ -285,7 +285,8 @@ def add_dq(
     c: Consumer, work: KeyWork, head: Any, row0: Any, strip: Any, units: Any, dq: jax.Array
 ) -> None:
     """Adds 64 rows and a strip of dQ to global memory."""
-    mosaic.add(place_of_dq(c, work, head, row0, strip), in_units(dq, units))
+    place = place_of_dq(c, work, head, row0, strip)
+    mosaic.add(place, in_units(dq, units), is_staged=not c.k.config.by_columns)
 
 
 def stage_dq(

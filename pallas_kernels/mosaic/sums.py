@@ -128,8 +128,11 @@ def put(place: Ref, value: jax.Array) -> None:
     run(place, value)
 
 
-def add(sum_: Ref, value: jax.Array) -> None:
-    """Adds a float32 matrix [64, width] to one of `Sums`, a reference [64 * width]."""
+def add(sum_: Ref, value: jax.Array, *, is_staged: bool = False) -> None:
+    """Adds a float32 matrix [64, width] to one of `Sums`, a reference [64 * width].
+
+    ``is_staged``: to one that others add to by `add_staged`.
+    """
     exact = sum_.dtype == jnp.int32
     if interpreter.is_interpreting():
         store(sum_, (jnp.round(value) if exact else value).astype(sum_.dtype).reshape(-1))
@@ -140,9 +143,11 @@ def add(sum_: Ref, value: jax.Array) -> None:
         f32 = ir.F32Type.get()
         elements = _elements(value)
         at_once = 1 if exact else _AT_ONCE
-        base = _start(mgpu_utils.memref_ptr(sum_), _LANES * len(elements), at_once)
+        apart = _AT_ONCE if is_staged else at_once  # what a thread has of what follows each other
+        base = _start(mgpu_utils.memref_ptr(sum_), _LANES * len(elements), apart)
         for start in range(0, len(elements), at_once):
-            place = mgpu_utils.getelementptr(base, [start * _LANES], f32)
+            offset = start // apart * apart * _LANES + start % apart
+            place = mgpu_utils.getelementptr(base, [offset], f32)
             llvm.inline_asm(
                 ir.Type.parse("!llvm.void"),
                 [place, *elements[start : start + at_once]],
