@@ -154,7 +154,8 @@ def start_dq(c: Consumer, slot: Any) -> jax.Array:
 
 
 def units_of_share(c: Consumer, work: KeyWork, last: Last) -> Any:
-    return units_of_rows(c, work, last.head, c.row0(last.row) + share(c)[0] * ROWS)
+    *rows, _ = place_of_share(c, work, last)
+    return units_of_rows(c, *rows)
 
 
 def stage_share(

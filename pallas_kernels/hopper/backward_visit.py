@@ -299,6 +299,7 @@ def stage_dq(
     if mosaic.is_interpreting():
         return lambda: add_dq(c, work, head, row0, strip, units, dq)
     (view,) = c.k.refs.out_smem.at(c.me).views
+    mosaic.wait_smem_to_gmem(0, wait_read_only=True)  # until what it had has been copied
     mosaic.stage(in_units(dq, units), view.tiled, c.k.refs.dq_gmem.dtype)
     return lambda: mosaic.add_staged(place_of_dq(c, work, head, row0, strip), view.tiled)
 
@@ -324,6 +325,7 @@ def add_keys(c: Consumer, work: KeyWork, first: Any, x: jax.Array, gmem: mosaic.
 
 def show(c: Consumer, slot: Any, *shown: tuple[mosaic.View, jax.Array]) -> None:
     """Stores into strips of shared memory, and shows them to all consumers."""
+    # By columns, what is shown is no operand from registers, and strips are half as wide.
     store = mosaic.store if c.k.config.by_columns else mosaic.store_operand
     for strip, x in shown:
         store(strip.tiled, x)

@@ -13,7 +13,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import memref
 
 from pallas_kernels.mosaic import interpreter
-from pallas_kernels.mosaic.dialects import llvm, scf
+from pallas_kernels.mosaic.dialects import instruct, llvm, scf
 from pallas_kernels.mosaic.memory import Ref
 
 
@@ -37,7 +37,7 @@ def count_up(counters: Ref, which: Any) -> None:
     def run(_: Any, counter: Any) -> None:
         mgpu_utils.warpgroup_barrier()
         with _one_thread():  # its release covers what the barrier has shown it
-            _instruct(
+            instruct(
                 [mgpu_utils.memref_ptr(counter)],
                 "red.release.gpu.global.add.u32 [$0], 1;",
                 "l,~{memory}",
@@ -59,7 +59,7 @@ def wait_count(counters: Ref, which: Any, value: int) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def run(_: Any, counter: Any) -> None:
         limit = mgpu_utils.c(value, ir.IntegerType.get_signless(32))
-        _instruct([mgpu_utils.memref_ptr(counter), limit], wait, "l,r,~{memory}")
+        instruct([mgpu_utils.memref_ptr(counter), limit], wait, "l,r,~{memory}")
 
     run(counters.at[which])
 
@@ -75,12 +75,6 @@ def _one_thread() -> Iterator[None]:
     with ir.InsertionPoint(scf.IfOp(one).then_block):
         yield
         scf.yield_([])
-
-
-def _instruct(operands: list[Any], instructions: str, constraints: str) -> None:
-    llvm.inline_asm(
-        ir.Type.parse("!llvm.void"), operands, instructions, constraints, has_side_effects=True
-    )
 
 
 def take_number(

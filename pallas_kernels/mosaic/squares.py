@@ -10,8 +10,9 @@ from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jaxlib.mlir import ir
 
 from pallas_kernels.mosaic import interpreter
-from pallas_kernels.mosaic.dialects import arith, llvm
+from pallas_kernels.mosaic.dialects import arith, instruct, llvm
 from pallas_kernels.mosaic.memory import Ref, ref_type, tiling_of
+from pallas_kernels.mosaic.warps import lane_and_warp
 
 _ROWS, _SIDE = 64, 8  # of a product's tile; of a square that a warp stores
 _SWIZZLE, _CHUNK = 128, 16  # bytes of a row of a tile; of a square's
@@ -40,13 +41,8 @@ def store_turned(ref: Ref, value: jax.Array) -> None:
                 elements = column * down + row * across
                 place = arith.addi(base, mgpu_utils.c(2 * elements, i32))
                 words = [mgpu_utils.bitcast(x, i32) for x in squares[row, column]]
-                llvm.inline_asm(
-                    ir.Type.parse("!llvm.void"),
-                    [place, *words],
-                    "stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [$0], {$1, $2};",
-                    "r,r,r",
-                    has_side_effects=True,
-                )
+                store = "stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [$0], {$1, $2};"
+                instruct([place, *words], store, "r,r,r")
 
     run(ref, value)
 
@@ -71,13 +67,9 @@ def store_operand(ref: Ref, value: jax.Array) -> None:
         for i, four in enumerate(value.registers.reshape(columns // (2 * _SIDE), 4)):
             # Chunks are numbered with the row's number added without carry: so is what is added.
             place = arith.xori(start, mgpu_utils.c(2 * i * _CHUNK, i32))
-            llvm.inline_asm(
-                ir.Type.parse("!llvm.void"),
-                [place, *(mgpu_utils.bitcast(x, i32) for x in four)],
-                "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};",
-                "r,r,r,r,r",
-                has_side_effects=True,
-            )
+            words = [mgpu_utils.bitcast(x, i32) for x in four]
+            store = "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};"
+            instruct([place, *words], store, "r,r,r,r,r")
 
     run(ref, value)
 
@@ -97,12 +89,10 @@ def _start_of_rows(tile: int) -> Any:
     def number(x: int) -> Any:
         return mgpu_utils.c(x, i32)
 
-    # Asked for anew: held in registers, what follows from it would take the place of others.
-    thread = llvm.inline_asm(i32, [], "mov.u32 $0, %tid.x;", "=r", has_side_effects=True)
-    row, square = arith.remui(thread, number(_SIDE)), arith.divui(thread, number(_SIDE))
+    lane, warp = lane_and_warp()
+    row, square = arith.remui(lane, number(_SIDE)), arith.divui(lane, number(_SIDE))
     down, right = arith.remui(square, number(2)), arith.divui(square, number(2))
-    warp = arith.remui(arith.divui(thread, number(32)), number(4))
-    chunk = arith.xori(arith.remui(right, number(2)), row)
+    chunk = arith.xori(right, row)
     start = arith.muli(arith.addi(arith.muli(warp, number(2)), down), number(tile))
     start = arith.addi(start, arith.muli(row, number(_SWIZZLE)))
     return arith.addi(start, arith.muli(chunk, number(_CHUNK)))

@@ -13,8 +13,9 @@ from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jaxlib.mlir import ir
 
 from pallas_kernels.mosaic import interpreter
-from pallas_kernels.mosaic.dialects import arith, llvm, nvvm, scf, vector
+from pallas_kernels.mosaic.dialects import arith, instruct, llvm, scf, vector
 from pallas_kernels.mosaic.memory import Ref, ref_type, store
+from pallas_kernels.mosaic.warps import lane_and_warp
 
 _HEIGHT = 64
 # How rows of a matrix are spread over threads: by warp, half and group of four lanes. Columns are:
@@ -33,6 +34,7 @@ _PART_WIDTH = 32  # columns, of `round_part`
 _SPLAT = plgpu.Layout.WG_SPLAT
 _ADD_FOUR = "red.relaxed.gpu.global.add.v4.f32 [$0], {$1, $2, $3, $4};"
 _LOAD_FOUR = "ld.relaxed.gpu.global.v4.f32 {$0, $1, $2, $3}, [$4];"
+_STORE = "st.global.b32 [$0], $1;"
 _STORE_FOUR = "st.global.v4.b32 [$0], {$1, $2, $3, $4};"
 _ADD_ROUNDED = "{ .reg .s32 t; cvt.rni.s32.f32 t, $1; red.relaxed.gpu.global.add.s32 [$0], t; }"
 _STAGE_FOUR = "st.shared.v4.f32 [$0], {$1, $2, $3, $4};"
@@ -55,7 +57,7 @@ class Sums(NamedTuple):
     """
 
     ref: Any  # [slabs, ..., 64 * width], one of the kernel's last operands
-    is_staged: bool  # added to by `add_staged`, not by `add`
+    is_staged: bool  # added to by `add_staged`, too
 
     @classmethod
     def zero(
@@ -114,16 +116,8 @@ def put(place: Ref, value: jax.Array) -> None:
         words = [x for at in _registers(value) for x in _words(value.registers[at])]
         base = _start(mgpu_utils.memref_ptr(place), _LANES * len(words), _AT_ONCE)
         for start in range(0, len(words), _AT_ONCE):
-            llvm.inline_asm(
-                ir.Type.parse("!llvm.void"),
-                [
-                    mgpu_utils.getelementptr(base, [start * _LANES], i32),
-                    *words[start : start + _AT_ONCE],
-                ],
-                _STORE_FOUR,
-                "l" + ",r" * _AT_ONCE,
-                has_side_effects=True,
-            )
+            at = mgpu_utils.getelementptr(base, [start * _LANES], i32)
+            instruct([at, *words[start : start + _AT_ONCE]], _STORE_FOUR, "l" + ",r" * _AT_ONCE)
 
     run(place, value)
 
@@ -142,19 +136,14 @@ def add(sum_: Ref, value: jax.Array, *, is_staged: bool = False) -> None:
     def run(_: Any, sum_: Any, value: Any) -> None:
         f32 = ir.F32Type.get()
         elements = _elements(value)
-        at_once = 1 if exact else _AT_ONCE
+        at_once, instruction = (1, _ADD_ROUNDED) if exact else (_AT_ONCE, _ADD_FOUR)
         apart = _AT_ONCE if is_staged else at_once  # what a thread has of what follows each other
         base = _start(mgpu_utils.memref_ptr(sum_), _LANES * len(elements), apart)
         for start in range(0, len(elements), at_once):
             offset = start // apart * apart * _LANES + start % apart
             place = mgpu_utils.getelementptr(base, [offset], f32)
-            llvm.inline_asm(
-                ir.Type.parse("!llvm.void"),
-                [place, *elements[start : start + at_once]],
-                _ADD_ROUNDED if exact else _ADD_FOUR,
-                ",".join("l" + "f" * at_once),
-                has_side_effects=True,
-            )
+            these = elements[start : start + at_once]
+            instruct([place, *these], instruction, "l" + ",f" * at_once)
 
     run(sum_, value)
 
@@ -164,27 +153,19 @@ def stage(value: jax.Array, staging: Ref, dtype: Any) -> None:
 
     Args:
       value: Rounded, if it is to be added to integers.
-      staging: Shared memory of as many bytes or more, whatever it is else used for. What has been
-        copied from there before is read first.
+      staging: Shared memory of as many bytes or more, whatever it is else used for.
       dtype: Of the sums.
     """
 
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, ref_type(staging)))
     def run(_: Any, value: Any, staging: Any) -> None:
         i32, elements = ir.IntegerType.get_signless(32), _elements(value)
-        write = _STAGE_FOUR if dtype == jnp.float32 else _STAGE_FOUR_ROUNDED
-        nvvm.cp_async_bulk_wait_group(0, read=True)
-        mgpu_utils.warpgroup_barrier()
+        instruction = _STAGE_FOUR if dtype == jnp.float32 else _STAGE_FOUR_ROUNDED
         base = _start(mgpu_utils.memref_ptr(staging), _LANES * len(elements), _AT_ONCE)
         for start in range(0, len(elements), _AT_ONCE):
             place = llvm.ptrtoint(i32, mgpu_utils.getelementptr(base, [start * _LANES], i32))
-            llvm.inline_asm(
-                ir.Type.parse("!llvm.void"),
-                [place, *elements[start : start + _AT_ONCE]],
-                write,
-                "r" + ",f" * _AT_ONCE,
-                has_side_effects=True,
-            )
+            these = elements[start : start + _AT_ONCE]
+            instruct([place, *these], instruction, "r" + ",f" * _AT_ONCE)
 
     run(value, staging)
 
@@ -203,8 +184,7 @@ def add_staged(sum_: Ref, staging: Ref) -> None:
         i32 = ir.IntegerType.get_signless(32)
         source = llvm.ptrtoint(i32, mgpu_utils.memref_ptr(staging))
         size = mgpu_utils.c(4 * ir.MemRefType(sum_.type).shape[0], i32)
-        llvm.inline_asm(
-            ir.Type.parse("!llvm.void"),
+        instruct(
             [mgpu_utils.memref_ptr(sum_), source, size],
             f"""{{
                 .reg .pred is_first;
@@ -216,7 +196,6 @@ def add_staged(sum_: Ref, staging: Ref) -> None:
                 @is_first cp.async.bulk.commit_group;
             }}""",
             "l,r,r,~{memory}",
-            has_side_effects=True,
         )
 
     run(sum_, staging)
@@ -254,7 +233,7 @@ def round_part(
         def times(x: Any, factor: int) -> Any:
             return arith.muli(x, mgpu_utils.c(factor, i32))
 
-        lane, warp = _lane_and_warp()
+        lane, warp = lane_and_warp()
         lanes = mgpu_utils.c(4, i32)  # that have the same row
         row = arith.addi(row, arith.addi(times(warp, 16), arith.divui(lane, lanes)))
         column = arith.addi(column, times(part, _PART_WIDTH))
@@ -293,13 +272,7 @@ def round_part(
             place = mgpu_utils.getelementptr(target, [below * strides[0] + right], element)
             exists = arith.andi(_is_below(row, below, rows), _is_below(column, right, columns))
             with ir.InsertionPoint(scf.IfOp(exists).then_block):
-                llvm.inline_asm(
-                    ir.Type.parse("!llvm.void"),
-                    [place, mgpu_utils.bitcast(rounded, i32)],
-                    "st.global.b32 [$0], $1;",
-                    "l,r",
-                    has_side_effects=True,
-                )
+                instruct([place, mgpu_utils.bitcast(rounded, i32)], _STORE, "l,r")
                 scf.yield_([])
 
         for at in np.ndindex(vectors, 2):
@@ -317,17 +290,9 @@ def _is_below(index: Any, more: int, limit: int) -> Any:
 def _start(base: Any, words: int, at_once: int) -> Any:
     """Where a thread begins to write, of 32-bit words of which each warp has so many."""
     i32 = ir.IntegerType.get_signless(32)
-    lane, warp = _lane_and_warp()
+    lane, warp = lane_and_warp()
     first = mgpu_utils.dyn_dot((warp, lane), (mgpu_utils.c(words, i32), mgpu_utils.c(at_once, i32)))
     return mgpu_utils.getelementptr(base, [first], i32)
-
-
-def _lane_and_warp() -> tuple[Any, Any]:
-    """Within the warpgroup; asked for anew, not held in registers."""
-    i32 = ir.IntegerType.get_signless(32)
-    thread = llvm.inline_asm(i32, [], "mov.u32 $0, %tid.x;", "=r", has_side_effects=True)
-    lane = arith.remui(thread, mgpu_utils.c(32, i32))
-    return lane, arith.remui(arith.divui(thread, mgpu_utils.c(32, i32)), mgpu_utils.c(4, i32))
 
 
 def _words(register: Any) -> list[Any]:

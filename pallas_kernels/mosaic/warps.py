@@ -1,4 +1,4 @@
-"""What a warp decides by itself, for the sixteen rows of a matrix that it has."""
+"""What a warp decides by itself, for the sixteen rows of a matrix that it has; and who it is."""
 
 from __future__ import annotations
 
@@ -71,6 +71,17 @@ def scaled_rows(pieces: Sequence[jax.Array], factor: jax.Array) -> tuple[jax.Arr
         return tuple(_like(x, itertools.islice(after, x.registers.size)) for x in pieces)
 
     return run(factor, *pieces)
+
+
+def lane_and_warp() -> tuple[Any, Any]:
+    """Within the warpgroup, for inlined code.
+
+    Asked for anew each time: what follows from it would be held in registers from before a loop.
+    """
+    i32 = ir.IntegerType.get_signless(32)
+    thread = llvm.inline_asm(i32, [], "mov.u32 $0, %tid.x;", "=r", has_side_effects=True)
+    lane = arith.remui(thread, mgpu_utils.c(32, i32))
+    return lane, arith.remui(arith.divui(thread, mgpu_utils.c(32, i32)), mgpu_utils.c(4, i32))
 
 
 def _like(x: Any, registers: Iterable[Any]) -> Any:
