@@ -34,8 +34,14 @@ CANDIDATES: dict[int, tuple[Config, ...]] = {
         Config(consumers=3, ping_pong=True),
         Config(consumers=4, block_kv=64, stages=4),
         Config(consumers=4, block_kv=64, stages=4, ping_pong=True),
+        Config(consumers=4, block_kv=96, stages=3, ping_pong=True, overlaps=False),
     ),
-    128: (Config(), Config(ping_pong=True), Config(block_kv=160, q_stages=1)),
+    128: (
+        Config(),
+        Config(ping_pong=True),
+        Config(block_kv=160, q_stages=1),
+        Config(consumers=3, q_stages=1, ping_pong=True, overlaps=False),
+    ),
     192: (Config(block_kv=96, q_stages=1), Config(block_kv=64)),
     256: (Config(block_kv=64, q_stages=1), Config(block_kv=64, q_stages=1, ping_pong=True)),
 }

@@ -207,7 +207,13 @@ def test_out_and_lse(backend: Any, case: str) -> None:
 @pytest.mark.kernel
 @pytest.mark.skipif(not _RUNS_KERNELS, reason="this JAX cannot interpret the kernels")
 @pytest.mark.parametrize(
-    "config", [hopper.Config(block_kv=192), hopper.Config(consumers=3, block_kv=96)], ids=str
+    "config",
+    [
+        hopper.Config(block_kv=192),
+        hopper.Config(consumers=3, block_kv=96),
+        hopper.Config(consumers=3, stages=3, ping_pong=True, overlaps=False),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("options", [{"is_causal": True}, {"logits_soft_cap": 2.0}], ids=str)
 def test_tiles_that_blocks_with_scales_cut(config: hopper.Config, options: Any) -> None:

@@ -93,6 +93,8 @@ def test_sizes_that_no_tile_divides(T: int, S: int, H: int, Hv: int) -> None:
         (32, hopper.Config(block_kv=96, ping_pong=True)),
         (16, hopper.Config(block_kv=176, consumers=3, ping_pong=True)),
         (32, hopper.Config(block_kv=80, consumers=4, stages=3, q_stages=1)),
+        (16, hopper.Config(block_kv=64, consumers=3, ping_pong=True, overlaps=False)),
+        (32, hopper.Config(block_kv=144, consumers=2, q_stages=1, overlaps=False)),
     ],
 )
 @pytest.mark.parametrize("options", [{}, {"is_causal": True, "query_offset": -70}])
@@ -294,6 +296,21 @@ def test_deterministic_gradients_are_equal_in_twenty_runs(H: int) -> None:
         assert all(map(jnp.array_equal, run(*operands), first))
 
 
+@runs
+@pytest.mark.parametrize("H", [64, 136])
+def test_deterministic_gradients_that_are_nan(H: int) -> None:
+    """They are summed in integers, and no integer is NaN."""
+    q, k, v = (_normal(i, 1, 200, 1, H) for i in range(3))
+    with _running():
+        out, pull = jax.vjp(
+            functools.partial(_attention, is_causal=True, deterministic=True), q, k, v
+        )
+        dq = np.asarray(pull(jnp.ones_like(out).at[:, 70].set(jnp.nan))[0], np.float32)
+    is_nan = np.arange(200) == 70
+    assert np.isnan(dq[:, is_nan]).all()
+    assert np.isfinite(dq[:, ~is_nan]).all()
+
+
 @needs_gpu
 @pytest.mark.parametrize("blocks", [20, 132])
 @pytest.mark.parametrize("H", [64, 100, 128, 256])
@@ -303,6 +320,7 @@ def test_deterministic_gradients_are_equal_in_twenty_runs(H: int) -> None:
         (8, 8, {}),
         (8, 8, {"is_causal": True}),
         (8, 2, {"is_causal": True, "local_window_size": (200, 0)}),
+        (8, 4, {"is_causal": True, "deterministic": True}),
     ],
 )
 def test_kernel_that_rounds_dq(

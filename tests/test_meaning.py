@@ -169,6 +169,24 @@ def test_what_is_seen_and_not_finite_stays_so(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_a_query_that_is_nan_sees_keys(implementation: str) -> None:
+    """So many that XLA on a CPU finds no largest logit of its row."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 200, 1, 8)), jnp.float32)
+    out, lse = jaxflash.dot_product_attention(
+        x.at[:, 70].set(jnp.nan),
+        x,
+        x,
+        is_causal=True,
+        implementation=implementation,
+        return_residual=True,
+    )
+    is_nan = np.arange(200) == 70
+    for found in (np.asarray(out)[0], np.asarray(lse)[0]):
+        assert np.isnan(found[is_nan]).all()
+        assert np.isfinite(found[~is_nan]).all()
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_functions_see_what_they_capture_now(implementation: str) -> None:
     """Not what they captured when they were traced first: arrays, numbers, attributes."""
     x = jnp.ones((1, 4, 2, 8)) * jnp.arange(4.0)[None, :, None, None]

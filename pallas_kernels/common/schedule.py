@@ -31,6 +31,7 @@ class Schedule:
     q_blocks: int
     heads_at_once: int  # divides batch * heads
     splits: int = 1  # of the keys that each tile of queries sees
+    last_head_first: bool = False  # its operands were written last, and are in the L2 cache
 
     def __post_init__(self) -> None:
         if self.batch * self.heads % self.heads_at_once:
@@ -42,6 +43,10 @@ class Schedule:
     def tiles(self) -> int:
         return self.batch * self.heads * self.q_blocks * self.splits
 
+    def head(self, place: Any) -> Any:
+        """Which of all batch elements' heads comes at a place of their order."""
+        return self.batch * self.heads - 1 - place if self.last_head_first else place
+
     def work(self, tile: Any) -> Work:
         """The tile that comes at a place of the order."""
         split: Any = 0
@@ -50,7 +55,7 @@ class Schedule:
             split, tile = lax.div(tile, of_split), lax.rem(tile, of_split)
         of_section = self.heads_at_once * self.q_blocks
         section, tile = lax.div(tile, of_section), lax.rem(tile, of_section)
-        head = section * self.heads_at_once + lax.rem(tile, self.heads_at_once)
+        head = self.head(section * self.heads_at_once + lax.rem(tile, self.heads_at_once))
         q_block = self.q_blocks - 1 - lax.div(tile, self.heads_at_once)
         return Work(lax.div(head, self.heads), lax.rem(head, self.heads), q_block, split)
 

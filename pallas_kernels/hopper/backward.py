@@ -32,11 +32,13 @@ from pallas_kernels.hopper.backward_by_columns import BY_COLUMNS
 from pallas_kernels.hopper.backward_by_keys import BY_KEYS
 from pallas_kernels.hopper.backward_kernel import (
     CONSUMERS,
+    TINY,
     Backward,
     BackwardConfig,
     BackwardForms,
     divides_groups,
     key_sums,
+    of_one,
     rounds_dq,
     stores_bias,
     sums_bias,
@@ -46,8 +48,6 @@ from pallas_kernels.hopper.backward_rounding import Rounding
 from pallas_kernels.hopper.backward_visit import consume
 from pallas_kernels.hopper.config import ROWS
 from pallas_kernels.hopper.kernel import LOG2_E, divide
-
-_TINY = 1e-30  # what is smaller counts as zero
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6, 7))
@@ -82,10 +82,11 @@ def backward(
     adds_keys = divides_groups(problem, c, blocks, kv_blocks)
     heads = p.N if adds_keys else p.K
     blocks = min(blocks, p.B * heads * kv_blocks)
-    schedule = Schedule(p.B, heads, kv_blocks, _heads_at_once(p, heads, blocks, kv_blocks))
+    at_once = _heads_at_once(p, heads, blocks, kv_blocks)
+    schedule = Schedule(p.B, heads, kv_blocks, at_once, last_head_first=True)
     # The barrier keeps XLA from a sum within the transpose, which reads column by column.
     delta = lax.optimization_barrier(spec.softmax.delta(out, lse, dout, dlse))
-    units = _units(operands, delta, dout, p.dropout_rate) if p.deterministic else None
+    units = _units(operands, lse, delta, dout, p.dropout_rate) if p.deterministic else None
     by_tile = functools.partial(_by_tile, c, q_blocks)
     stats, flags = _of_rows(lse, delta, by_tile)
     sizes = q_blocks * c.block_q, kv_blocks * c.block_kv
@@ -125,11 +126,8 @@ def backward(
     dbias = mosaic.matrices(rest.pop(0)) if stores_bias(problem) else None
     if "bias" in sums:
         dbias = sums["bias"].total()
-    dtype = None if p.deterministic else p.dtype
-    dq = rest.pop() if rounds_dq(p, c) else _from_strips(sums["query"], dtype, p.scale)
+    dq = rest.pop() if rounds_dq(p, c) else _from_strips(sums["query"], p.dtype, p.scale, of_rows)
     dq = dq[:, : p.T, :, : p.H]
-    if units is not None:
-        dq = _from_units(dq, units, lse, delta)
     of_keys = jnp.sum(rest[0], axis=1) if rest else ()
     by_name = dict(zip(key_sums(problem), of_keys, strict=True))
     result = spec.Operands(
@@ -166,13 +164,16 @@ def _sums(
     return found
 
 
-def _from_strips(sums: mosaic.Sums, dtype: Any, scale: float = 1.0) -> jax.Array:
-    """[B, tokens, heads, columns] of sums of strips of 64 rows; rounded to a dtype, if any."""
+def _from_strips(
+    sums: mosaic.Sums, dtype: Any, scale: float = 1.0, units: jax.Array | None = None
+) -> jax.Array:
+    """[B, tokens, heads, columns] of sums of strips of 64 rows, rounded; ``units``: see `Refs`."""
     total = sums.total()  # [B, tokens / 64, heads, strips, 64, width]
     batch, _, heads, strips, _, width = total.shape
+    if units is not None:
+        of_tile = units.reshape(batch, heads, -1, ROWS).swapaxes(1, 2)[:, :, :, None, :, None]
+        total = total * of_one(of_tile)
     x = total.transpose(0, 1, 4, 2, 3, 5).reshape(batch, -1, heads, strips * width) * scale
-    if dtype is None:
-        return x
     # The barrier keeps XLA from taking a part of what it turns, element by element.
     return lax.optimization_barrier(x.astype(dtype))
 
@@ -226,8 +227,12 @@ def _bias_tiles(
     return (*p.operands.bias.shape[:2], kv_blocks * c.key_groups, of_rows)
 
 
-def _units(x: spec.Operands, delta: jax.Array, dout: jax.Array, dropout_rate: float) -> jax.Array:
+def _units(
+    x: spec.Operands, lse: jax.Array, delta: jax.Array, dout: jax.Array, dropout_rate: float
+) -> jax.Array:
     """How many units a 1 is, [B, T, N], such that no row of dQ exceeds 2^30 of them.
+
+    It is NaN, which no integer is, where the row has seen one.
 
     ``|dq| <= max|k| sum(p (|dp| + |delta|))``, where p sums to 1 and ``|dp| <= |dout| |v|``. Keys
     that are not finite count as none: rows that see them are no numbers anyway.
@@ -244,14 +249,10 @@ def _units(x: spec.Operands, delta: jax.Array, dout: jax.Array, dropout_rate: fl
     keys = largest(jnp.max(jnp.abs(x.key.astype(jnp.float32)), axis=-1))
     dp = norm(dout) * largest(norm(x.value)) / (1 - dropout_rate)
     limit = keys * (dp + jnp.abs(delta))
-    units = jnp.where(limit > _TINY, 2.0**30 / jnp.maximum(limit, _TINY), 0.0)
-    return lax.optimization_barrier(units)  # as for delta
-
-
-def _from_units(dq: jax.Array, units: jax.Array, lse: jax.Array, delta: jax.Array) -> jax.Array:
-    """Sums of integers as numbers; NaN, which no integer is, where the row has seen one."""
+    units = jnp.where(limit > TINY, 2.0**30 / jnp.maximum(limit, TINY), 0.0)
     is_number = jnp.isfinite(lse - delta) | (lse == -math.inf)
-    return dq * (jnp.where(is_number, 1.0, math.nan) / jnp.maximum(units, _TINY))[..., None]
+    units = jnp.where(is_number, units, math.nan)
+    return lax.optimization_barrier(units)  # as for delta
 
 
 def _dslopes(of_keys: Any) -> jax.Array | None:

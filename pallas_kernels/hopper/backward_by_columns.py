@@ -152,4 +152,4 @@ def store(c: Consumer, work: KeyWork, x: jax.Array, gmem: mosaic.Ref) -> None:
         return
     at = pl.ds(c.me * x.shape[1], x.shape[1])
     place = gmem.at[work.batch, pl.ds(c.key0(work), ROWS), work.head, at]
-    mosaic.store(place, x.astype(c.k.problem.dtype), optimized=False)
+    mosaic.store_rows(place, x.astype(c.k.problem.dtype))

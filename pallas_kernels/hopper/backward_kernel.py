@@ -18,6 +18,7 @@ from pallas_kernels.hopper.kernel import Kernel
 CONSUMERS = 2
 _NARROW = 128  # the most columns whose dK and dV of 64 keys fit into registers
 _FEW_KEYS_OF_ROW = 8192
+TINY = 1e-30  # what is smaller counts as zero
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +92,12 @@ class BackwardConfig:
 def _should_round(p: spec.Problem) -> bool:
     """Whether it is faster that the kernel rounds dQ, see `bench/LOG.md`.
 
-    Not if the sums are in the L2 cache when it ends; nor, of wide heads, if many add to the same
-    rows at the same time: to tell that a tile of keys is done then takes long.
+    It always is if sums are integers, of which each row has a unit of its own. Else not if they are
+    in the L2 cache when the kernel ends; nor, of wide heads, if many add to the same rows at the
+    same time: to tell that a tile of keys is done then takes long.
     """
+    if p.deterministic:
+        return True
     is_large = 4 * p.B * p.T * p.N * p.H > gpu.L2_CACHE_BYTES
     if max(p.H, p.Hv) <= _NARROW:
         return is_large
@@ -130,14 +134,19 @@ def stores_bias(problem: spec.Problem) -> bool:
 
 
 def rounds_dq(problem: spec.Problem, c: BackwardConfig) -> bool:
-    """Whether the kernel rounds dQ: not sums of integers, and not where each block has a slab.
+    """Whether the kernel rounds dQ: not where each block has a slab of sums.
 
     Nor where all warps of the producer are needed to zero what is hidden.
     """
     p = problem
-    if not c.rounds or p.deterministic or mosaic.is_interpreting():
+    if not c.rounds or mosaic.is_interpreting():
         return False
     return not visits.empties_rows(p, modifies(p)) and not visits.band_hides_keys(p)
+
+
+def of_one(units: Any) -> Any:
+    """What a unit is where so many are a 1, see `Refs.units`; NaN where that is."""
+    return 1 / jnp.where(units < TINY, TINY, units)
 
 
 def key_sums(problem: spec.Problem) -> tuple[str, ...]:
@@ -166,7 +175,9 @@ class Refs(NamedTuple):
     stats: mosaic.Ref  # [B, N, q_blocks, 2 * block_q] float32: lse to base 2, and delta
     empty: mosaic.Ref | None  # [B, N, q_blocks] int32: not 0 if a row sees nothing
     map: BlockMap | None
-    units: mosaic.Ref | None  # [B, N, T in whole tiles] float32: per unit of a row of integer dQ
+    # [B, N, T in whole tiles] float32: how many units of integer dQ a 1 is in each row, NaN if its
+    # gradient is no number.
+    units: mosaic.Ref | None
     dq_gmem: mosaic.Ref  # [slabs, B, T / 64, N, strips, 64 * width], of `mosaic.Sums`
     # [slabs, B|1, N|1, S / 64, T / n, 64 * n], n = bias_width; without slabs if stored
     dbias_gmem: mosaic.Ref | None

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import mosaic
-from pallas_kernels.hopper.backward_kernel import CONSUMERS, Backward
+from pallas_kernels.hopper.backward_kernel import CONSUMERS, Backward, of_one
 from pallas_kernels.hopper.config import ROWS
 
 
@@ -36,7 +36,7 @@ class Parts(NamedTuple):
         s = k.schedule
         tiles = s.heads_at_once * s.q_blocks  # of keys, which is what the schedule is of
         row_tiles = pl.cdiv(k.problem.T, k.config.block_q) * k.config.block_q // ROWS
-        of_strip = mosaic.parts_of_rounding(k.config.width)
+        of_strip = k.config.width // mosaic.PART_WIDTH
         heads = s.heads_at_once * k.members
         return cls(s.tiles // tiles, tiles, heads, row_tiles, k.forms.q.strips, of_strip)
 
@@ -97,12 +97,23 @@ class Rounding(NamedTuple):
         rest, of_strip = lax.div(part, parts.of_strip), lax.rem(part, parts.of_strip)
         rest, strip = lax.div(rest, parts.strips), lax.rem(rest, parts.strips)
         rest, row_tile = lax.div(rest, parts.row_tiles), lax.rem(rest, parts.row_tiles)
+        if k.schedule.last_head_first:
+            rest = k.problem.B * k.problem.N - 1 - rest
         batch, head = lax.div(rest, k.problem.N), lax.rem(rest, k.problem.N)
         rounded = k.refs.rounded_gmem
         assert rounded is not None
-        sums = k.refs.dq_gmem.at[0, batch, row_tile, head, strip]
-        place = row_tile * ROWS, strip * k.config.width
-        mosaic.round_part(sums, of_strip, rounded.at[batch, :, head], *place, k.problem.scale)
+        found = mosaic.load_part(
+            k.refs.dq_gmem.at[0, batch, row_tile, head, strip],
+            of_strip,
+            is_staged=not k.config.by_columns,
+        )
+        found = found * k.problem.scale
+        if k.refs.units is not None:
+            units = mosaic.load_rows(k.refs.units.at[batch, head, pl.ds(row_tile * ROWS, ROWS)])
+            found = found * mosaic.spread_rows(of_one(units), found.shape)
+        column = strip * k.config.width + of_strip * mosaic.PART_WIDTH
+        place = row_tile * ROWS, column
+        mosaic.store_rows(rounded.at[batch, :, head], found.astype(rounded.dtype), place)
 
 
 class Beside(NamedTuple):

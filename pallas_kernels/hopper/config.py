@@ -18,6 +18,7 @@ REGISTERS = {
 }
 _SMEM_BYTES = 227 * 1024
 _SMEM_REST = 2304  # numbers and barriers
+_FEW_KEYS, _FEW_KEYS_OF_BAND = 1024, 4096  # of 8 bits, for which two consumers are faster
 _ALIGNMENT = 1024  # of buffers; where rows are few, a piece of Q may end before a multiple of it
 _SMEM_SCALES = 2048  # of elements or pages of 8 bits
 
@@ -43,6 +44,7 @@ class Config:
     q_stages: int = 2  # 1: the next tile's Q comes when this tile's scores are done
     late_wait: bool = False  # keep O += P V running during the exponentials
     ping_pong: bool = False  # consumers start their products in turns
+    overlaps: bool = True  # O += P V of a visit runs while S of the next one becomes P
     rows: int = ROWS  # of queries, of a consumer
     turned: bool = False  # it computes S^T and O^T, whose columns may be fewer than 64
 
@@ -85,6 +87,10 @@ class Config:
             is_plain = not (modifies(problem) or problem.dropout_rate or problem.masks_by_data)
             if wide <= 64 and is_plain:
                 return cls(consumers=3, stages=4)
+            # Few tiles, or those that a band's edge crosses, had better be small.
+            few_keys = _FEW_KEYS if problem.band.is_unbounded else _FEW_KEYS_OF_BAND
+            if wide > 64 and is_plain and few_keys < problem.S:
+                return cls(consumers=3, stages=3, ping_pong=True, overlaps=False)
             return cls(stages=4)
         if wide > 128:
             large = cls(q_stages=1)

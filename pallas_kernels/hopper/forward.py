@@ -5,7 +5,8 @@ one to four consumer warpgroups, each with rows of Q of its own: 64, or fewer of
 each visit to a tile of keys a consumer starts the product S = Q K^T, then O += P V of the visit
 before, and turns S into P while the latter still runs. The grid is persistent: a block that is done
 with a tile of queries takes the next one. The overlap does not stop there: the last product of a
-tile runs with the first of the next.
+tile runs with the first of the next. Where products are short, as of 8 bits, the registers that
+this takes are better spent on a third consumer: each then has one product after the other.
 
 Shared memory of a block:
 
@@ -90,6 +91,16 @@ class Carry(NamedTuple):
 def consume(k: Forward) -> None:
     """Computes a warpgroup's rows of each tile of this block."""
     c = Consumer(k, lax.axis_index("warpgroup"))
+    pl.when(c.me == k.config.consumers - 1)(lambda: pass_turn(c))
+    rounds = (consume_overlapped if k.config.overlaps else consume_apart)(c)
+    mosaic.barrier_arrive(k.refs.q_free.at[lax.rem(rounds, k.config.q_stages)])
+    pl.when(c.me == 0)(lambda: wait_turn(c))
+    mosaic.wait_smem_to_gmem(0)
+
+
+def consume_overlapped(c: Consumer) -> Any:
+    """All tiles, with a product of each visit during the softmax of the next; returns how many."""
+    k = c.k
 
     def attend(state: Any) -> Any:
         round_, step, tile, carry = state
@@ -101,13 +112,65 @@ def consume(k: Forward) -> None:
         return round_ + 1, step, tile, carry
 
     zero = jnp.int32(0)
-    pl.when(c.me == k.config.consumers - 1)(lambda: pass_turn(c))
     tile, work = next_tile(k, zero)
     state = (zero, zero, tile, begin(c, work, zero, zero))
     rounds, *_ = lax.while_loop(lambda state: state[2] < k.schedule.tiles, attend, state)
-    mosaic.barrier_arrive(k.refs.q_free.at[lax.rem(rounds, k.config.q_stages)])
-    pl.when(c.me == 0)(lambda: wait_turn(c))
-    mosaic.wait_smem_to_gmem(0)
+    return rounds
+
+
+def consume_apart(c: Consumer) -> Any:
+    """All tiles, with one product after the other; returns how many."""
+    k = c.k
+
+    def attend(state: Any) -> Any:
+        round_, step, tile = state
+        stats, o, step = visits_apart(c, k.schedule.work(tile), round_, step)
+        work = k.schedule.work(mosaic.opaque(tile))  # computed again rather than held
+        store(c, work, o, finish(c, work, stats))
+        return round_ + 1, step, next_tile(k, round_ + 1)[0]
+
+    zero = jnp.int32(0)
+    state = (zero, zero, next_tile(k, zero)[0])
+    rounds, *_ = lax.while_loop(lambda state: state[2] < k.schedule.tiles, attend, state)
+    return rounds
+
+
+def visits_apart(c: Consumer, work: Work, round_: Any, step: Any) -> tuple[Stats, Any, Any]:
+    """All visits of a tile of queries, those that need a mask first; the statistics, O, the step.
+
+    In turns, a consumer computes its scores before the next one begins: they are ready one by one,
+    and so are the exponentials.
+    """
+    k, r = c.k, c.k.refs
+    walk, q_stage = k.walk(work), lax.rem(round_, k.config.q_stages)
+
+    def visits(masked: bool) -> Any:
+        def one(j: Any, carry: tuple[Stats, Any]) -> tuple[Stats, Any]:
+            stats, o = carry
+            stage = lax.rem(step + j, k.config.stages)
+            visit = c.visit(work, j, masked)
+            mosaic.barrier_wait(r.k_full.at[stage])
+            raised = c.raised(q_stage, stage)
+            wait_turn(c)
+            s = mosaic.settle(start_scores(c, q_stage, step + j))
+            pass_turn(c)
+            mosaic.barrier_arrive(r.k_free.at[stage])
+            stats, decay, p = visit.softmax(stats, s, raised)
+            p = k.orientation.given(p, step + j)
+            mosaic.barrier_wait(r.v_full.at[stage])
+            o = settled(start_outputs(c, step + j, Carry(stats, p, k.decayed(o, decay))))
+            mosaic.barrier_arrive(r.v_free.at[stage])
+            return stats, o
+
+        return one
+
+    carry, first = (Stats.start(k), k.orientation.no_outputs()), jnp.int32(0)
+    if k.masks:
+        carry = lax.fori_loop(0, walk.masked, visits(masked=True), carry)
+        first = walk.masked
+    stats, o = lax.fori_loop(first, walk.count, visits(masked=False), carry)
+    mosaic.barrier_arrive(r.q_free.at[q_stage])
+    return stats, o, step + mosaic.opaque(walk.count)
 
 
 def begin(c: Consumer, work: Work, round_: Any, step: Any, exists: Any = True) -> Carry:

@@ -46,15 +46,16 @@ from pallas_kernels.mosaic.matrix import (
     copy_rows_in,
 )
 from pallas_kernels.mosaic.memory import Ref, layout_cast, load, store, tiled_smem
+from pallas_kernels.mosaic.rows import store_rows
 from pallas_kernels.mosaic.squares import store_operand, store_turned
 from pallas_kernels.mosaic.sums import (
+    PART_WIDTH,
     Sums,
     add,
     add_staged,
+    load_part,
     matrices,
-    parts_of_rounding,
     put,
-    round_part,
     stage,
 )
 from pallas_kernels.mosaic.values import (
@@ -82,6 +83,7 @@ from pallas_kernels.mosaic.widen import (
 )
 
 __all__ = [
+    "PART_WIDTH",
     "SMEM",
     "WIDENED_COLUMNS",
     "Barrier",
@@ -122,14 +124,13 @@ __all__ = [
     "load",
     "load_columns",
     "load_matrix",
+    "load_part",
     "load_rows",
     "matmul",
     "matrices",
     "maximum_if_much",
     "opaque",
-    "parts_of_rounding",
     "put",
-    "round_part",
     "scaled_rows",
     "set_max_registers",
     "settle",
@@ -142,6 +143,7 @@ __all__ = [
     "start_turned",
     "store",
     "store_operand",
+    "store_rows",
     "store_turned",
     "take_number",
     "tiled_smem",

@@ -13,7 +13,7 @@ from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jaxlib.mlir import ir
 
 from pallas_kernels.mosaic import interpreter
-from pallas_kernels.mosaic.dialects import arith, instruct, llvm, scf, vector
+from pallas_kernels.mosaic.dialects import arith, instruct, llvm, vector
 from pallas_kernels.mosaic.memory import Ref, ref_type, store
 from pallas_kernels.mosaic.warps import lane_and_warp
 
@@ -30,11 +30,9 @@ _BY_VECTOR, _BY_ELEMENT, _OF_16_BITS = (
     (0, 1, 3, 2, 5, 4, 6),
 )
 _LANES, _AT_ONCE, _VECTOR_BYTES = 32, 4, 16
-_PART_WIDTH = 32  # columns, of `round_part`
+PART_WIDTH = 32  # columns, of `load_part`
 _SPLAT = plgpu.Layout.WG_SPLAT
 _ADD_FOUR = "red.relaxed.gpu.global.add.v4.f32 [$0], {$1, $2, $3, $4};"
-_LOAD_FOUR = "ld.relaxed.gpu.global.v4.f32 {$0, $1, $2, $3}, [$4];"
-_STORE = "st.global.b32 [$0], $1;"
 _STORE_FOUR = "st.global.v4.b32 [$0], {$1, $2, $3, $4};"
 _ADD_ROUNDED = "{ .reg .s32 t; cvt.rni.s32.f32 t, $1; red.relaxed.gpu.global.add.s32 [$0], t; }"
 _STAGE_FOUR = "st.shared.v4.f32 [$0], {$1, $2, $3, $4};"
@@ -201,90 +199,51 @@ def add_staged(sum_: Ref, staging: Ref) -> None:
     run(sum_, staging)
 
 
-def parts_of_rounding(width: int) -> int:
-    """In how many parts `round_part` takes a matrix [64, width]."""
-    return width // _PART_WIDTH
+def load_part(sum_: Ref, part: Any, *, is_staged: bool = False) -> jax.Array:
+    """Some columns [64, 32] of a matrix that has been added up, as float32; not interpreted.
 
-
-def round_part(
-    sum_: Ref,  # [64 * width] float32
-    part: Any,
-    out: Ref,  # [rows, columns], of 16 bits
-    row: Any,
-    column: Any,
-    scale: float,
-) -> None:
-    """Stores a part of a matrix that has been added up, see `add`, times a number; not interpreted.
-
-    The matrix begins at a row and a column of ``out``, which may end within it, after a multiple of
-    8 columns. All additions must be there for this warpgroup: see `wait_count`.
+    All additions must be there for this warpgroup: see `wait_count`. ``is_staged``: as for `add`.
     """
-    rows, columns = out.shape
-    width = sum_.shape[0] // _HEIGHT
+    width, exact = sum_.shape[0] // _HEIGHT, sum_.dtype == jnp.int32
+    at_once = 1 if exact and not is_staged else _AT_ONCE
+    shape, elements = (_HEIGHT, PART_WIDTH), PART_WIDTH // 2
+    result = plgpu.ShapeDtypeStruct(shape, jnp.float32, plgpu.Layout.WGMMA)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), *3 * (_SPLAT,)))
-    def run(_: Any, sum_: Any, out: Any, *numbers: Any) -> None:
-        f32 = ir.F32Type.get()
-        i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (32, 64))
-        part, row, column = (x.registers.item() for x in numbers)
-        strides, _ = ir.MemRefType(out.type).get_strides_and_offset()
-        element = ir.MemRefType(out.type).element_type
-
-        def times(x: Any, factor: int) -> Any:
-            return arith.muli(x, mgpu_utils.c(factor, i32))
-
-        lane, warp = lane_and_warp()
-        lanes = mgpu_utils.c(4, i32)  # that have the same row
-        row = arith.addi(row, arith.addi(times(warp, 16), arith.divui(lane, lanes)))
-        column = arith.addi(column, times(part, _PART_WIDTH))
-        vectors = _PART_WIDTH // 8
-        of_part = times(part, vectors * _AT_ONCE * _LANES)
-        source = _start(mgpu_utils.memref_ptr(sum_), _HEIGHT // 4 * width, _AT_ONCE)
-        source = mgpu_utils.getelementptr(source, [of_part], f32)
-        first = arith.extui(i64, arith.addi(column, times(arith.remui(lane, lanes), 2)))
-        of_row = arith.muli(arith.extui(i64, row), mgpu_utils.c(strides[0], i64))
-        first = arith.addi(of_row, first)
-        target = mgpu_utils.getelementptr(mgpu_utils.memref_ptr(out), [first], element)
-        four = ir.Type.parse(f"!llvm.struct<({', '.join(_AT_ONCE * ['f32'])})>")
-        loaded = [
-            llvm.inline_asm(
-                four,
-                [mgpu_utils.getelementptr(source, [i * _AT_ONCE * _LANES], f32)],
-                _LOAD_FOUR,
-                "=f,=f,=f,=f,l",
-                has_side_effects=True,
-            )
-            for i in range(vectors)
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SPLAT), return_type=result)
+    def run(_: Any, sum_: Any, part: Any) -> Any:
+        f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
+        first = arith.muli(part.registers.item(), mgpu_utils.c(elements * _LANES, i32))
+        start = _start(mgpu_utils.memref_ptr(sum_), _HEIGHT // 4 * width, at_once)
+        start = mgpu_utils.getelementptr(start, [first], f32)
+        places = [
+            mgpu_utils.getelementptr(start, [i * _LANES], f32) for i in range(0, elements, at_once)
         ]
-        factor = mgpu_utils.c(scale, f32)
+        found = [x for place in places for x in _load(place, i32 if exact else f32, at_once)]
+        if exact:
+            found = [arith.sitofp(f32, x) for x in found]
+        registers = np.empty(fa.WGMMA_LAYOUT.registers_shape(shape), dtype=object)
+        pair = ir.VectorType.get((2,), f32)
+        for i, at in enumerate(_by_column(registers)):
+            registers[at] = vector.from_elements(pair, found[2 * i : 2 * i + 2])
+        return fa.FragmentedArray(_registers=registers, _layout=fa.WGMMA_LAYOUT, _is_signed=None)
 
-        def store_pair(vector_: int, half: int) -> None:
-            """Two neighbours of a row."""
-            found = loaded[vector_]
-            both = [
-                arith.mulf(llvm.extractvalue(f32, found, [2 * half + j]), factor) for j in range(2)
-            ]
-            rounded = arith.truncf(
-                ir.VectorType.get((2,), element),
-                vector.from_elements(ir.VectorType.get((2,), f32), both),
-            )
-            below, right = 8 * half, 8 * vector_
-            place = mgpu_utils.getelementptr(target, [below * strides[0] + right], element)
-            exists = arith.andi(_is_below(row, below, rows), _is_below(column, right, columns))
-            with ir.InsertionPoint(scf.IfOp(exists).then_block):
-                instruct([place, mgpu_utils.bitcast(rounded, i32)], _STORE, "l,r")
-                scf.yield_([])
-
-        for at in np.ndindex(vectors, 2):
-            store_pair(*at)
-
-    run(sum_, out, *map(jnp.int32, (part, row, column)))
+    return run(sum_, jnp.int32(part))
 
 
-def _is_below(index: Any, more: int, limit: int) -> Any:
-    i32 = ir.IntegerType.get_signless(32)
-    index = arith.addi(index, mgpu_utils.c(more, i32))
-    return arith.cmpi(arith.CmpIPredicate.slt, index, mgpu_utils.c(limit, i32))
+def _load(place: Any, element: Any, number: int) -> list[Any]:
+    """One or four elements of 32 bits that follow each other, as others have added them up."""
+    kind = "r" if isinstance(element, ir.IntegerType) else "f"
+    if number == 1:
+        instruction = "ld.relaxed.gpu.global.b32 $0, [$1];"
+        return [_asked(element, place, instruction, f"={kind},l")]
+    four = ir.Type.parse(f"!llvm.struct<({', '.join(_AT_ONCE * [str(element)])})>")
+    instruction = "ld.relaxed.gpu.global.v4.b32 {$0, $1, $2, $3}, [$4];"
+    found = _asked(four, place, instruction, ",".join([*_AT_ONCE * [f"={kind}"], "l"]))
+    return [llvm.extractvalue(element, found, [i]) for i in range(_AT_ONCE)]
+
+
+def _asked(kind: Any, place: Any, instruction: str, constraints: str) -> Any:
+    return llvm.inline_asm(kind, [place], instruction, constraints, has_side_effects=True)
 
 
 def _start(base: Any, words: int, at_once: int) -> Any:
@@ -316,9 +275,12 @@ def _elements(value: Any) -> list[Any]:
 
 def _registers(value: Any) -> list[tuple[int, ...]]:
     """Where a thread's registers are: by column, then by half; of 16 bits the other way round."""
-    by_half = _placed(value.registers)
-    if mgpu_utils.bitwidth(value.mlir_dtype) == 16:
-        return by_half
+    is_short = mgpu_utils.bitwidth(value.mlir_dtype) == 16
+    return (_placed if is_short else _by_column)(value.registers)
+
+
+def _by_column(registers: np.ndarray) -> list[tuple[int, ...]]:
+    by_half = _placed(registers)
     number = len(by_half) // 2
     return [at for pair in zip(by_half[:number], by_half[number:], strict=True) for at in pair]
 

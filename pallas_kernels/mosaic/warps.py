@@ -84,6 +84,28 @@ def lane_and_warp() -> tuple[Any, Any]:
     return lane, arith.remui(arith.divui(thread, mgpu_utils.c(32, i32)), mgpu_utils.c(4, i32))
 
 
+def turned_among_four(words: Sequence[Any]) -> list[Any]:
+    """Of four lanes that follow each other, with four words of 32 bits each: their matrix, turned.
+
+    For inlined code. A lane gets the word of its own number from each, in the lanes' order.
+    """
+    i32 = ir.IntegerType.get_signless(32)
+    lane, _ = lane_and_warp()
+    words = list(words)
+    for distance in (1, 2):
+        bit = arith.andi(lane, mgpu_utils.c(distance, i32))
+        later = arith.cmpi(arith.CmpIPredicate.ne, bit, mgpu_utils.c(0, i32))
+        for i in range(len(words)):
+            if i & distance:
+                continue
+            j = i | distance
+            kept, given = (arith.select(later, words[a], words[b]) for a, b in ((j, i), (i, j)))
+            got = mgpu_utils.shfl_bfly(given, distance)
+            words[i] = arith.select(later, got, kept)
+            words[j] = arith.select(later, kept, got)
+    return words
+
+
 def _like(x: Any, registers: Iterable[Any]) -> Any:
     """An array in the layout of another, float32."""
     found = np.empty(x.registers.size, dtype=object)

@@ -53,7 +53,8 @@ def finish(state: State, sink: Any = None, *, base2: bool = False) -> tuple[Any,
 
     A row that saw no key gives 0 and -inf, with a sink too. Sink and lse are natural always.
     """
-    seen = state.m != -jnp.inf
+    # Of rows of NaN, XLA on CPUs finds no largest logit; their sums are NaN all the same.
+    seen = (state.m != -jnp.inf) | (state.l != 0)
     m, total = _finite(state.m), state.l
     if base2:
         m = m * math.log(2)
