@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
+from types import MappingProxyType
 from typing import Any, Literal
 
 import jax
@@ -19,7 +22,7 @@ from bench.shapes import (
     flops,
     random_inputs,
 )
-from bench.timing import Budget, Clock, Program, Timing, compile_program, interleaved
+from bench.timing import Budget, Clock, Compiler, Program, Timing, compile_program, interleaved
 
 Status = Literal["measured", "skipped", "failed"]
 
@@ -88,12 +91,43 @@ def attention_function(
     return forward if direction == "forward" else both
 
 
+Ahead = Mapping[tuple[Shape, str], futures.Future[jax.stages.Compiled]]
+
+
+def compile_ahead(
+    shapes: Sequence[Shape],
+    direction: Direction,
+    implementations: Sequence[Implementation],
+    settings: Settings,
+) -> Ahead:
+    """Compiles all that can run at once, and waits for it, so that nothing compiles beside timing.
+
+    A trace that fails is left to `run_shape`. With a budget, what is too slow is not compiled: then
+    nothing is compiled ahead.
+    """
+    found: dict[tuple[Shape, str], futures.Future[jax.stages.Compiled]] = {}
+    if settings.budget.left_s() is not None:
+        return found
+    compiler = Compiler()
+    for shape in shapes:
+        structs = jax.eval_shape(lambda shape=shape: random_inputs(shape, direction))
+        for each in implementations:
+            if each.call is None or each.refusal(shape, settings.device):
+                continue
+            function = attention_function(each.call, shape.is_causal, direction)
+            with contextlib.suppress(ValueError, NotImplementedError):
+                found[shape, each.name] = compiler.submit(function, *structs)
+    futures.wait(found.values())
+    return found
+
+
 def run_shape(
     shape: Shape,
     direction: Direction,
     implementations: Sequence[Implementation],
     settings: Settings,
     advance: Callable[[str], None] = lambda what: None,
+    ahead: Ahead = MappingProxyType({}),
 ) -> list[Cell]:
     """Measures one shape; every implementation gets a cell, with a time or with a reason."""
     inputs = random_inputs(shape, direction)
@@ -102,7 +136,7 @@ def run_shape(
     programs: dict[str, Program] = {}
     for implementation in implementations:
         advance(f"{shape.label} {direction}: {implementation.name}")
-        cell, program = _prepare(implementation, shape, direction, inputs, settings)
+        cell, program = _prepare(implementation, shape, direction, inputs, settings, ahead)
         if program is not None:
             # Made when first needed: a shape that nothing can run costs no reference.
             oracle = oracle or Oracle(shape, direction, inputs)
@@ -129,8 +163,9 @@ def _prepare(
     direction: Direction,
     inputs: tuple[jax.Array, ...],
     settings: Settings,
+    ahead: Ahead,
 ) -> tuple[Cell, Program | None]:
-    """Compiles what can run, fits and would end in time."""
+    """Compiles what can run, fits and would end in time, unless it has been compiled."""
     cell = Cell(shape, direction, implementation.name, "measured", note=implementation.note(shape))
     reason = implementation.refusal(shape, settings.device) or settings.budget.refusal(
         _budget_key(cell), flops(shape, direction), settings.runs
@@ -139,7 +174,11 @@ def _prepare(
         return dataclasses.replace(cell, status="skipped", reason=reason), None
     function = attention_function(implementation.call, shape.is_causal, direction)
     try:
-        program = compile_program(function, inputs)
+        compiled = ahead.get((shape, implementation.name))
+        if compiled is None:
+            program = compile_program(function, inputs)
+        else:
+            program = Program(compiled.result(), inputs)
     except (ValueError, NotImplementedError) as error:  # a refusal at trace time
         return dataclasses.replace(cell, status="skipped", reason=results.first_line(error)), None
     except jax.errors.JaxRuntimeError as error:

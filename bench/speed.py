@@ -9,7 +9,7 @@ import jax
 
 from bench import cli, results, seed, tables
 from bench.progress import progress
-from bench.runner import Cell, exit_code, records, run_shape
+from bench.runner import Cell, compile_ahead, exit_code, records, run_shape
 from bench.shapes import Direction
 
 SUMMARY = "Time of every implementation at the seed document's shapes."
@@ -43,8 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = cli.settings(options, device)
     cells: list[Cell] = []
     with progress(len(shapes) * len(implementations), "speed") as advance:
+        ahead = compile_ahead(shapes, direction, implementations, settings)
         for shape in shapes:
-            cells += run_shape(shape, direction, implementations, settings, advance)
+            cells += run_shape(shape, direction, implementations, settings, advance, ahead)
     names = ("batch", "heads", "kv_heads", "head_dim", "dtype", "causal", "grad")
     expected = argparse.Namespace(**vars(options) | {"kv_heads": None})
     chosen = options if options.kv_heads != options.heads else expected

@@ -148,6 +148,9 @@ def text_of(config: Config) -> str:
 
 
 def _varied(config: Config) -> dict[str, Any]:
-    """The fields that are tuned; rows are fewer, and tiles turned, in decoding alone."""
-    fields = dataclasses.asdict(config)
-    return {k: v for k, v in fields.items() if k not in ("rows", "turned")}
+    """The fields that are tuned; rows are fewer, and tiles turned, in decoding alone.
+
+    That products overlap goes without saying.
+    """
+    left_out = {"rows", "turned"} | ({"overlaps"} if config.overlaps else set())
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in left_out}

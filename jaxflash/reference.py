@@ -53,7 +53,7 @@ def forward(
     sinks = operands.sinks
     if sinks is not None:
         sinks = sinks.astype(dtype).reshape(1, problem.N, 1)
-    out, lse = spec.softmax.finish(rows, sinks)
+    out, lse = spec.softmax.finish(spec.softmax.keep_nan(rows), sinks)
     return out.swapaxes(1, 2).astype(problem.dtype), lse.swapaxes(1, 2)
 
 

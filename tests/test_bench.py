@@ -376,6 +376,22 @@ def test_refusal_while_tracing_is_a_skip():
     assert (cell.status, cell.reason) == ("skipped", "no such thing")
 
 
+def test_compiled_ahead_or_not_is_the_same():
+    def refuses(query, key, value, *, is_causal):
+        raise NotImplementedError("no such thing")
+
+    shapes = [SMALL, dataclasses.replace(SMALL, batch=SMALL.batch + 1)]
+    offered = [implementation("refuses", refuses), implementation("good")]
+    ahead = runner.compile_ahead(shapes, "forward", offered, settings())
+    assert set(ahead) == {(shape, "good") for shape in shapes}
+    assert all(x.done() for x in ahead.values())
+    for shape in shapes:
+        bad, good = runner.run_shape(shape, "forward", offered, settings(), ahead=ahead)
+        assert (bad.status, bad.reason) == ("skipped", "no such thing")
+        assert (good.status, good.shape) == ("measured", shape)
+    assert not runner.compile_ahead(shapes, "forward", offered, settings(budget_s=1.0))
+
+
 def test_peers_that_cannot_run_say_why():
     device = jax.devices("cpu")[0]
     refusals = {

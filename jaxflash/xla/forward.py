@@ -35,5 +35,5 @@ def forward(problem: spec.Problem, operands: spec.Operands) -> tuple[jax.Array, 
     sinks = operands.sinks
     if sinks is not None:
         sinks = sinks.astype(problem.compute_dtype).reshape(1, problem.K, problem.G, 1)
-    out, lse = softmax.finish(state, sinks)
+    out, lse = softmax.finish(softmax.keep_nan(state), sinks)
     return tiles.rows_first(problem, out).astype(problem.dtype), tiles.rows_first(problem, lse)

@@ -84,9 +84,11 @@ def backward(
     blocks = min(blocks, p.B * heads * kv_blocks)
     at_once = _heads_at_once(p, heads, blocks, kv_blocks)
     schedule = Schedule(p.B, heads, kv_blocks, at_once, last_head_first=True)
-    # The barrier keeps XLA from a sum within the transpose, which reads column by column.
-    delta = lax.optimization_barrier(spec.softmax.delta(out, lse, dout, dlse))
-    units = _units(operands, lse, delta, dout, p.dropout_rate) if p.deterministic else None
+    norms = _norms(dout) if p.deterministic else None
+    # The barrier keeps XLA from sums within the transpose, which reads column by column.
+    sums_of_rows, norms = lax.optimization_barrier((spec.softmax.sums_of_rows(out, dout), norms))
+    delta = spec.softmax.delta_of_sums(sums_of_rows, lse, dlse)
+    units = None if norms is None else _units(operands, lse, delta, norms, p.dropout_rate)
     by_tile = functools.partial(_by_tile, c, q_blocks)
     stats, flags = _of_rows(lse, delta, by_tile)
     sizes = q_blocks * c.block_q, kv_blocks * c.block_kv
@@ -95,7 +97,7 @@ def backward(
     x = x._replace(query=q, key=k_, value=v)
     kernel_of = functools.partial(Backward, p, c, schedule, blocks, forms)
     empties = kernel_of(None).empties_rows
-    of_rows = None if units is None else by_tile(units, 0.0).reshape(p.B, p.N, -1)
+    of_rows = None if units is None else by_tile((units, 0.0)).reshape(p.B, p.N, -1)
     inputs = (x, forms.do.array(dout), stats, flags if empties else None, found, of_rows)
     leaves, tree = jax.tree.flatten(inputs)
 
@@ -184,8 +186,8 @@ def _of_rows(
     """Of each tile of queries the lse to base 2 and delta, and whether a row sees nothing."""
     empty = lse == -math.inf
     base2 = jnp.where(empty, math.inf, lse * LOG2_E)
-    stats = jnp.concatenate([by_tile(base2, math.inf), by_tile(delta, 0.0)], axis=-1)
-    return stats, jnp.any(by_tile(empty, False), axis=-1).astype(jnp.int32)
+    stats = by_tile((base2, math.inf), (delta, 0.0))
+    return stats, jnp.any(by_tile((empty, False)), axis=-1).astype(jnp.int32)
 
 
 def _outputs(
@@ -228,7 +230,7 @@ def _bias_tiles(
 
 
 def _units(
-    x: spec.Operands, lse: jax.Array, delta: jax.Array, dout: jax.Array, dropout_rate: float
+    x: spec.Operands, lse: jax.Array, delta: jax.Array, of_dout: jax.Array, dropout_rate: float
 ) -> jax.Array:
     """How many units a 1 is, [B, T, N], such that no row of dQ exceeds 2^30 of them.
 
@@ -243,16 +245,18 @@ def _units(
         found = jnp.max(jnp.where(jnp.isfinite(y), y, 0), axis=1)
         return jnp.repeat(found, groups, axis=-1)[:, None]  # [B, 1, N]
 
-    def norm(y: jax.Array) -> jax.Array:
-        return jnp.sqrt(jnp.sum(jnp.square(y.astype(jnp.float32)), axis=-1))
-
     keys = largest(jnp.max(jnp.abs(x.key.astype(jnp.float32)), axis=-1))
-    dp = norm(dout) * largest(norm(x.value)) / (1 - dropout_rate)
+    dp = of_dout * largest(_norms(x.value)) / (1 - dropout_rate)
     limit = keys * (dp + jnp.abs(delta))
     units = jnp.where(limit > TINY, 2.0**30 / jnp.maximum(limit, TINY), 0.0)
     is_number = jnp.isfinite(lse - delta) | (lse == -math.inf)
     units = jnp.where(is_number, units, math.nan)
     return lax.optimization_barrier(units)  # as for delta
+
+
+def _norms(x: jax.Array) -> jax.Array:
+    """Of rows: [..., columns] to [...]."""
+    return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1))
 
 
 def _dslopes(of_keys: Any) -> jax.Array | None:
@@ -278,12 +282,14 @@ def _dbias(problem: spec.Problem, of_tiles: jax.Array | None, of_keys: Any) -> j
     return jnp.sum(of_keys[:, :, None, : problem.S], alike, keepdims=True)
 
 
-def _by_tile(c: BackwardConfig, q_blocks: int, x: jax.Array, fill: Any) -> jax.Array:
-    """An array [B, T, N] as [B, N, q_blocks, block_q]."""
-    x = x.swapaxes(1, 2)
-    missing = q_blocks * c.block_q - x.shape[2]
-    x = jnp.pad(x, ((0, 0), (0, 0), (0, missing)), constant_values=fill)
-    return x.reshape(*x.shape[:2], q_blocks, c.block_q)
+def _by_tile(c: BackwardConfig, q_blocks: int, *filled: tuple[jax.Array, Any]) -> jax.Array:
+    """Arrays [B, T, N], each with what fills it up, as one [B, N, q_blocks, arrays * block_q]."""
+    batch, tokens, heads = filled[0][0].shape
+    missing = (0, 0), (0, q_blocks * c.block_q - tokens), (0, 0)
+    # As one array they are turned by one kernel.
+    x = jnp.stack([jnp.pad(x, missing, constant_values=fill) for x, fill in filled], axis=1)
+    x = x.reshape(batch, -1, q_blocks, c.block_q, heads).transpose(0, 4, 2, 1, 3)
+    return x.reshape(batch, heads, q_blocks, -1)
 
 
 def _heads_at_once(p: spec.Problem, heads: int, blocks: int, kv_blocks: int) -> int:

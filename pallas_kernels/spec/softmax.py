@@ -48,13 +48,17 @@ def update(state: State, s: Any, *, base2: bool = False) -> tuple[State, Any]:
     return State(m, total, state.acc * decay[..., None]), p
 
 
+def keep_nan(state: State) -> State:
+    """Statistics of rows that have seen a NaN: of many, XLA on a CPU finds no largest logit."""
+    return state._replace(m=jnp.where(jnp.isnan(state.l), jnp.nan, state.m))
+
+
 def finish(state: State, sink: Any = None, *, base2: bool = False) -> tuple[Any, Any]:
     """The normalised output and the lse. ``sink`` is a logit that takes weight and has no value.
 
     A row that saw no key gives 0 and -inf, with a sink too. Sink and lse are natural always.
     """
-    # Of rows of NaN, XLA on CPUs finds no largest logit; their sums are NaN all the same.
-    seen = (state.m != -jnp.inf) | (state.l != 0)
+    seen = state.m != -jnp.inf
     m, total = _finite(state.m), state.l
     if base2:
         m = m * math.log(2)
@@ -88,8 +92,17 @@ def delta(out: Any, lse: Any, dout: Any, dlse: Any) -> Any:
 
     d lse / d s = p and d out / d s = p (dp - sum(dout out)): one vector carries both cotangents.
     """
-    found = jnp.sum(dout.astype(lse.dtype) * out.astype(lse.dtype), axis=-1) - dlse
-    return jnp.where(lse == -jnp.inf, 0, found)
+    return delta_of_sums(sums_of_rows(out, dout, lse.dtype), lse, dlse)
+
+
+def sums_of_rows(out: Any, dout: Any, dtype: Any = jnp.float32) -> Any:
+    """``sum(dout out)`` of each row."""
+    return jnp.sum(dout.astype(dtype) * out.astype(dtype), axis=-1)
+
+
+def delta_of_sums(sums: Any, lse: Any, dlse: Any) -> Any:
+    """`delta`, from what `sums_of_rows` gives."""
+    return jnp.where(lse == -jnp.inf, 0, sums - dlse)
 
 
 def of_sinks(sinks: Any, lse: Any, delta: Any) -> Any:
