@@ -24,6 +24,11 @@ def problems() -> dict[str, list[Problem]]:
             *(Problem(long, None, o) for o in ("", "soft cap", "ALiBi", "sinks", "documents")),
             *(Problem(square, None, o) for o in ("", "bias", "dropout")),
         ],
+        "In any order and in one": [
+            Problem(Shape(16384 // t, t, t, 2048 // h, 2048 // h, h, True), None, o)
+            for h, t in ((64, 1024), (128, 1024), (128, 4096), (128, 16384), (256, 1024))
+            for o in ("", "deterministic")
+        ],
     }
 
 

@@ -70,6 +70,8 @@ class Problem:
             options["logits_soft_cap"] = 20.0
         if self.option == "dropout":
             options["dropout_rate"] = 0.1
+        if self.option == "deterministic":
+            options["deterministic"] = True
         return options
 
     def arrays(self) -> dict[str, jax.Array]:
