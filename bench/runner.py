@@ -91,6 +91,7 @@ def attention_function(
     return forward if direction == "forward" else both
 
 
+_REFUSALS = (ValueError, NotImplementedError)  # while a call is traced
 Ahead = Mapping[tuple[Shape, str], futures.Future[jax.stages.Compiled]]
 
 
@@ -102,8 +103,8 @@ def compile_ahead(
 ) -> Ahead:
     """Compiles all that can run at once, and waits for it, so that nothing compiles beside timing.
 
-    A trace that fails is left to `run_shape`. With a budget, what is too slow is not compiled: then
-    nothing is compiled ahead.
+    What fails, alone or because all come at once, is left to `run_shape`. With a budget, what is
+    too slow is not compiled: then nothing is compiled ahead.
     """
     found: dict[tuple[Shape, str], futures.Future[jax.stages.Compiled]] = {}
     if settings.budget.left_s() is not None:
@@ -115,7 +116,7 @@ def compile_ahead(
             if each.call is None or each.refusal(shape, settings.device):
                 continue
             function = attention_function(each.call, shape.is_causal, direction)
-            with contextlib.suppress(ValueError, NotImplementedError):
+            with contextlib.suppress(*_REFUSALS, jax.errors.JaxRuntimeError):
                 found[shape, each.name] = compiler.submit(function, *structs)
     futures.wait(found.values())
     return found
@@ -175,11 +176,11 @@ def _prepare(
     function = attention_function(implementation.call, shape.is_causal, direction)
     try:
         compiled = ahead.get((shape, implementation.name))
-        if compiled is None:
+        if compiled is None or compiled.exception() is not None:
             program = compile_program(function, inputs)
         else:
             program = Program(compiled.result(), inputs)
-    except (ValueError, NotImplementedError) as error:  # a refusal at trace time
+    except _REFUSALS as error:
         return dataclasses.replace(cell, status="skipped", reason=results.first_line(error)), None
     except jax.errors.JaxRuntimeError as error:
         reason = capacity.compile_refusal(error, shape, capacity.free_bytes(settings.device))

@@ -380,14 +380,19 @@ def test_compiled_ahead_or_not_is_the_same():
     def refuses(query, key, value, *, is_causal):
         raise NotImplementedError("no such thing")
 
+    def breaks(query, key, value, *, is_causal):
+        raise jax.errors.JaxRuntimeError("INTERNAL: no")
+
     shapes = [SMALL, dataclasses.replace(SMALL, batch=SMALL.batch + 1)]
-    offered = [implementation("refuses", refuses), implementation("good")]
+    calls = {"refuses": refuses, "breaks": breaks, "good": None}
+    offered = [implementation(name, call) for name, call in calls.items()]
     ahead = runner.compile_ahead(shapes, "forward", offered, settings())
     assert set(ahead) == {(shape, "good") for shape in shapes}
     assert all(x.done() for x in ahead.values())
     for shape in shapes:
-        bad, good = runner.run_shape(shape, "forward", offered, settings(), ahead=ahead)
+        bad, worse, good = runner.run_shape(shape, "forward", offered, settings(), ahead=ahead)
         assert (bad.status, bad.reason) == ("skipped", "no such thing")
+        assert (worse.status, worse.reason) == ("failed", "INTERNAL: no")
         assert (good.status, good.shape) == ("measured", shape)
     assert not runner.compile_ahead(shapes, "forward", offered, settings(budget_s=1.0))
 
