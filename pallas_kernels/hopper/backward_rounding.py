@@ -107,13 +107,14 @@ class Rounding(NamedTuple):
             of_strip,
             is_staged=not k.config.by_columns,
         )
-        found = found * k.problem.scale
+        factor: Any = k.problem.scale
         if k.refs.units is not None:
             units = mosaic.load_rows(k.refs.units.at[batch, head, pl.ds(row_tile * ROWS, ROWS)])
-            found = found * mosaic.spread_rows(of_one(units), found.shape)
+            factor = mosaic.spread_rows(of_one(units) * factor, found.shape)
         column = strip * k.config.width + of_strip * mosaic.PART_WIDTH
         place = row_tile * ROWS, column
-        mosaic.store_rows(rounded.at[batch, :, head], found.astype(rounded.dtype), place)
+        value = (found * factor).astype(rounded.dtype)
+        mosaic.store_rows(rounded.at[batch, :, head], value, place)
 
 
 class Beside(NamedTuple):
