@@ -43,9 +43,9 @@ class Schedule:
     def tiles(self) -> int:
         return self.batch * self.heads * self.q_blocks * self.splits
 
-    def head(self, place: Any) -> Any:
-        """Which of all batch elements' heads comes at a place of their order."""
-        return self.batch * self.heads - 1 - place if self.last_head_first else place
+    def head(self, place: Any, number: int) -> Any:
+        """Which of all batch elements' heads, of so many, comes at a place of their order."""
+        return number - 1 - place if self.last_head_first else place
 
     def work(self, tile: Any) -> Work:
         """The tile that comes at a place of the order."""
@@ -55,7 +55,8 @@ class Schedule:
             split, tile = lax.div(tile, of_split), lax.rem(tile, of_split)
         of_section = self.heads_at_once * self.q_blocks
         section, tile = lax.div(tile, of_section), lax.rem(tile, of_section)
-        head = self.head(section * self.heads_at_once + lax.rem(tile, self.heads_at_once))
+        place = section * self.heads_at_once + lax.rem(tile, self.heads_at_once)
+        head = self.head(place, self.batch * self.heads)
         q_block = self.q_blocks - 1 - lax.div(tile, self.heads_at_once)
         return Work(lax.div(head, self.heads), lax.rem(head, self.heads), q_block, split)
 

@@ -15,7 +15,6 @@ tiles into it, is in `backward_producer`.
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -84,21 +83,14 @@ def backward(
     blocks = min(blocks, p.B * heads * kv_blocks)
     at_once = _heads_at_once(p, heads, blocks, kv_blocks)
     schedule = Schedule(p.B, heads, kv_blocks, at_once, last_head_first=True)
-    norms = _norms(dout) if p.deterministic else None
-    # The barrier keeps XLA from sums within the transpose, which reads column by column.
-    sums_of_rows, norms = lax.optimization_barrier((spec.softmax.sums_of_rows(out, dout), norms))
-    delta = spec.softmax.delta_of_sums(sums_of_rows, lse, dlse)
-    units = None if norms is None else _units(operands, lse, delta, norms, p.dropout_rate)
-    by_tile = functools.partial(_by_tile, c, q_blocks)
-    stats, flags = _of_rows(lse, delta, by_tile)
+    delta, stats, flags, units = _of_rows(p, c, q_blocks, operands, out, lse, dout, dlse)
     sizes = q_blocks * c.block_q, kv_blocks * c.block_kv
     x = tiles.prepare(problem, operands, *sizes, turned=True)
     q, k_, v = forms.q.array(x.query), forms.k.array(x.key), forms.v.array(x.value)
     x = x._replace(query=q, key=k_, value=v)
     kernel_of = functools.partial(Backward, p, c, schedule, blocks, forms)
     empties = kernel_of(None).empties_rows
-    of_rows = None if units is None else by_tile((units, 0.0)).reshape(p.B, p.N, -1)
-    inputs = (x, forms.do.array(dout), stats, flags if empties else None, found, of_rows)
+    inputs = (x, forms.do.array(dout), stats, flags if empties else None, found, units)
     leaves, tree = jax.tree.flatten(inputs)
 
     def backward_kernel(*refs: mosaic.Ref) -> None:
@@ -128,7 +120,7 @@ def backward(
     dbias = mosaic.matrices(rest.pop(0)) if stores_bias(problem) else None
     if "bias" in sums:
         dbias = sums["bias"].total()
-    dq = rest.pop() if rounds_dq(p, c) else _from_strips(sums["query"], p.dtype, p.scale, of_rows)
+    dq = rest.pop() if rounds_dq(p, c) else _from_strips(sums["query"], p.dtype, p.scale, units)
     dq = dq[:, : p.T, :, : p.H]
     of_keys = jnp.sum(rest[0], axis=1) if rest else ()
     by_name = dict(zip(key_sums(problem), of_keys, strict=True))
@@ -181,13 +173,30 @@ def _from_strips(
 
 
 def _of_rows(
-    lse: jax.Array, delta: jax.Array, by_tile: Callable[..., jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    """Of each tile of queries the lse to base 2 and delta, and whether a row sees nothing."""
+    p: spec.Problem,
+    c: BackwardConfig,
+    q_blocks: int,
+    operands: spec.Operands,
+    out: jax.Array,
+    lse: jax.Array,
+    dout: jax.Array,
+    dlse: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """Delta, [B, T, N]; and, as `Refs` has them, the statistics, `empty` and units of integers."""
+    by_tile = functools.partial(_by_tile, c, q_blocks)
+    norms = _norms(dout) if p.deterministic else None
+    # The barrier keeps XLA from sums within the transpose, which reads column by column.
+    sums = spec.softmax.sums_of_rows(out, dout, lse.dtype)
+    sums, norms = lax.optimization_barrier((sums, norms))
+    delta = spec.softmax.delta_of_sums(sums, lse, dlse)
     empty = lse == -math.inf
     base2 = jnp.where(empty, math.inf, lse * LOG2_E)
     stats = by_tile((base2, math.inf), (delta, 0.0))
-    return stats, jnp.any(by_tile((empty, False)), axis=-1).astype(jnp.int32)
+    flags = jnp.any(by_tile((empty, False)), axis=-1).astype(jnp.int32)
+    if norms is None:
+        return delta, stats, flags, None
+    units = _units(operands, lse, delta, norms, p.dropout_rate)
+    return delta, stats, flags, by_tile((units, 0.0)).reshape(p.B, p.N, -1)
 
 
 def _outputs(

@@ -97,9 +97,8 @@ class Rounding(NamedTuple):
         rest, of_strip = lax.div(part, parts.of_strip), lax.rem(part, parts.of_strip)
         rest, strip = lax.div(rest, parts.strips), lax.rem(rest, parts.strips)
         rest, row_tile = lax.div(rest, parts.row_tiles), lax.rem(rest, parts.row_tiles)
-        if k.schedule.last_head_first:
-            rest = k.problem.B * k.problem.N - 1 - rest
-        batch, head = lax.div(rest, k.problem.N), lax.rem(rest, k.problem.N)
+        head = k.schedule.head(rest, k.problem.B * k.problem.N)
+        batch, head = lax.div(head, k.problem.N), lax.rem(head, k.problem.N)
         rounded = k.refs.rounded_gmem
         assert rounded is not None
         found = mosaic.load_part(

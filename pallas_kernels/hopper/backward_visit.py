@@ -174,11 +174,7 @@ def attend(c: Consumer, order: Order, work: KeyWork, step: Any, rounding: Roundi
 
             return one
 
-        if k.masks:
-            masked = jnp.maximum(walk.masked, first)
-            carry = lax.fori_loop(first, masked, visits(masked=True), carry)
-            first = masked
-        carry = lax.fori_loop(first, walk.count, visits(masked=False), carry)
+        carry = k.over_visits(walk, first, visits, carry)
         return step + mosaic.opaque(walk.count), finish_head(c.fresh(), work, member, carry)
 
     state = (step, order.begin(c.fresh(), work, step))

@@ -89,7 +89,7 @@ class Config:
                 return cls(consumers=3, stages=4)
             # Few tiles, or those that a band's edge crosses, had better be small.
             few_keys = _FEW_KEYS if problem.band.is_unbounded else _FEW_KEYS_OF_BAND
-            if wide > 64 and is_plain and few_keys < problem.S:
+            if is_plain and few_keys < problem.S:
                 return cls(consumers=3, stages=3, ping_pong=True, overlaps=False)
             return cls(stages=4)
         if wide > 128:

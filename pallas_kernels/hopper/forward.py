@@ -164,11 +164,7 @@ def visits_apart(c: Consumer, work: Work, round_: Any, step: Any) -> tuple[Stats
 
         return one
 
-    carry, first = (Stats.start(k), k.orientation.no_outputs()), jnp.int32(0)
-    if k.masks:
-        carry = lax.fori_loop(0, walk.masked, visits(masked=True), carry)
-        first = walk.masked
-    stats, o = lax.fori_loop(first, walk.count, visits(masked=False), carry)
+    stats, o = k.over_visits(walk, 0, visits, (Stats.start(k), k.orientation.no_outputs()))
     mosaic.barrier_arrive(r.q_free.at[q_stage])
     return stats, o, step + mosaic.opaque(walk.count)
 
@@ -217,11 +213,7 @@ def visit_rest(c: Consumer, work: Work, round_: Any, step: Any, carry: Carry) ->
 
         return one
 
-    first: Any = 1
-    if k.masks:
-        first = jnp.maximum(walk.masked, 1)
-        carry = lax.fori_loop(1, first, visits(masked=True), carry)
-    carry = lax.fori_loop(first, walk.count, visits(masked=False), carry)
+    carry = k.over_visits(walk, 1, visits, carry)
     mosaic.barrier_arrive(r.q_free.at[q_stage])
     # Opaque: were the stage known, its descriptors would be held in registers all the time.
     return carry, step + mosaic.opaque(walk.count)

@@ -206,6 +206,17 @@ class Kernel:
         """Whether some visit needs a mask."""
         return visits.needs_masks(self.problem, self.config.block_kv)
 
+    def over_visits(
+        self, walk: Walk, first: Any, visit: Callable[[bool], Callable[[Any, Any], Any]], carry: Any
+    ) -> Any:
+        """Calls ``visit(masked)`` for each of a walk from ``first`` on; returns the last carry."""
+        if self.masks:
+            from_start = isinstance(first, int) and first == 0
+            masked = walk.masked if from_start else jnp.maximum(walk.masked, first)
+            carry = lax.fori_loop(first, masked, visit(True), carry)
+            first = masked
+        return lax.fori_loop(first, walk.count, visit(False), carry)
+
     @property
     def ends_within_tiles(self) -> bool:
         """See `visits.ends_within_tiles`."""

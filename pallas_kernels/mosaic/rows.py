@@ -24,7 +24,6 @@ from pallas_kernels.mosaic.warps import lane_and_warp, turned_among_four
 _LANES = 4  # that share a row
 _HALVES, _ROWS_OF_HALF, _ROWS_OF_WARP = 2, 8, 16
 _COLUMNS = 8  # of 16 bits, that a lane stores at once
-_STORE_FOUR = "st.global.v4.b32 [$0], {$1, $2, $3, $4};"
 _SPLAT = plgpu.Layout.WG_SPLAT
 
 
@@ -80,14 +79,19 @@ def _storer(
     def store(below: int, right: int, words: list[Any]) -> None:
         place = mgpu_utils.getelementptr(start, [below * of_row + right], memref.element_type)
         if limits is None:
-            instruct([place, *words], _STORE_FOUR, "l,r,r,r,r")
+            store_four(place, words)
             return
         exists = arith.andi(_is_below(row, below, limits[0]), _is_below(column, right, limits[1]))
         with ir.InsertionPoint(scf.IfOp(exists).then_block):
-            instruct([place, *words], _STORE_FOUR, "l,r,r,r,r")
+            store_four(place, words)
             scf.yield_([])
 
     return store
+
+
+def store_four(place: Any, words: list[Any]) -> None:
+    """For inlined code: stores four words of 32 bits to global memory at once."""
+    instruct([place, *words], "st.global.v4.b32 [$0], {$1, $2, $3, $4};", "l,r,r,r,r")
 
 
 def _is_below(index: Any, more: int, limit: int) -> Any:

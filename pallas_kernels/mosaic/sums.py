@@ -15,6 +15,7 @@ from jaxlib.mlir import ir
 from pallas_kernels.mosaic import interpreter
 from pallas_kernels.mosaic.dialects import arith, instruct, llvm, vector
 from pallas_kernels.mosaic.memory import Ref, ref_type, store
+from pallas_kernels.mosaic.rows import store_four
 from pallas_kernels.mosaic.warps import lane_and_warp
 
 _HEIGHT = 64
@@ -33,7 +34,6 @@ _LANES, _AT_ONCE, _VECTOR_BYTES = 32, 4, 16
 PART_WIDTH = 32  # columns, of `load_part`
 _SPLAT = plgpu.Layout.WG_SPLAT
 _ADD_FOUR = "red.relaxed.gpu.global.add.v4.f32 [$0], {$1, $2, $3, $4};"
-_STORE_FOUR = "st.global.v4.b32 [$0], {$1, $2, $3, $4};"
 _ADD_ROUNDED = "{ .reg .s32 t; cvt.rni.s32.f32 t, $1; red.relaxed.gpu.global.add.s32 [$0], t; }"
 _STAGE_FOUR = "st.shared.v4.f32 [$0], {$1, $2, $3, $4};"
 _STAGE_FOUR_ROUNDED = """{
@@ -115,7 +115,7 @@ def put(place: Ref, value: jax.Array) -> None:
         base = _start(mgpu_utils.memref_ptr(place), _LANES * len(words), _AT_ONCE)
         for start in range(0, len(words), _AT_ONCE):
             at = mgpu_utils.getelementptr(base, [start * _LANES], i32)
-            instruct([at, *words[start : start + _AT_ONCE]], _STORE_FOUR, "l" + ",r" * _AT_ONCE)
+            store_four(at, words[start : start + _AT_ONCE])
 
     run(place, value)
 

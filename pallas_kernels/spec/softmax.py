@@ -95,7 +95,7 @@ def delta(out: Any, lse: Any, dout: Any, dlse: Any) -> Any:
     return delta_of_sums(sums_of_rows(out, dout, lse.dtype), lse, dlse)
 
 
-def sums_of_rows(out: Any, dout: Any, dtype: Any = jnp.float32) -> Any:
+def sums_of_rows(out: Any, dout: Any, dtype: Any) -> Any:
     """``sum(dout out)`` of each row."""
     return jnp.sum(dout.astype(dtype) * out.astype(dtype), axis=-1)
 
