@@ -13,6 +13,12 @@ def problems() -> dict[str, list[Problem]]:
     """What is measured, by heading."""
     shared = common()
     seed = [Problem(Shape(8, t, t, 32, 32, 64)) for t in (512, 1024, 2048, 4096, 8192)]
+    few = [Problem(Shape(1, 512, 512, 32, 32, 64, c)) for c in (False, True)]
+    few += [Problem(Shape(1, 1024, 1024, 16, 16, 128, c)) for c in (False, True)]
+    few += [
+        Problem(Shape(1, 1024, 1024, 12, 12, 64, True)),
+        Problem(Shape(1, 2048, 2048, 32, 8, 128, True)),
+    ]
     windows = [
         Problem(Shape(4, 2048, 2048, 64, 8, 128, True), (1024, 0)),
         Problem(Shape(1, 16384, 16384, 16, 16, 128, True), (4096, 0)),
@@ -34,6 +40,7 @@ def problems() -> dict[str, list[Problem]]:
     return {
         "16k tokens, 2048 features": shared["16k tokens, 2048 features"],
         "The seed document's shapes": seed,
+        "One sequence": few,
         "Grouped heads": shared["Grouped heads"],
         "Windows": windows,
         "Lengths that no tile divides": tails,

@@ -15,9 +15,9 @@ from pallas_kernels import hopper, spec
 ROWS = json.loads((tuning.TABLES / "h100.json").read_text())["rows"]
 
 
-def _problem(T: int, H: int, Hv: int | None = None, **options: Any) -> spec.Problem:
+def _problem(T: int, H: int, Hv: int | None = None, N: int = 2048, **options: Any) -> spec.Problem:
     found = []
-    q, v = (jax.ShapeDtypeStruct((1, T, 2, n), jnp.bfloat16) for n in (H, Hv or H))
+    q, v = (jax.ShapeDtypeStruct((1, T, N, n), jnp.bfloat16) for n in (H, Hv or H))
     jax.eval_shape(lambda q, v: found.append(canonicalize(q, q, v, **options)[0]), q, v)
     (problem,) = found
     return problem
@@ -59,6 +59,28 @@ def test_lookup_takes_the_next_head_dim_and_the_nearest_length() -> None:
     assert tuning.hopper_config(_problem(8, 64)) == _row("full", 64, 512)
     assert tuning.hopper_config(_problem(10**6, 72, is_causal=True)) == _row("band", 128, 16384)
     assert _row("full", 64, 1024) != _row("full", 64, 2048)
+
+
+@pytest.mark.parametrize(
+    ("T", "N", "H", "is_causal", "consumers"),
+    [
+        (512, 32, 64, False, 2),  # 64 tiles of 256 rows for 132 multiprocessors
+        (512, 32, 64, True, 1),  # 256 tiles of 64 rows: the short ones are a round with others
+        (1024, 12, 64, True, 1),
+        (1024, 32, 64, False, 4),
+        (1024, 32, 64, True, 2),
+        (512, 8, 128, False, 1),
+        (1024, 16, 128, True, 1),
+        (1024, 16, 128, False, 2),
+        (1024, 32, 128, True, 2),
+    ],
+)
+def test_few_tiles_are_made_more(T: int, N: int, H: int, is_causal: bool, consumers: int) -> None:
+    """As measured to be the fastest."""
+    problem = _problem(T, H, N=N, is_causal=is_causal)
+    config = tuning.hopper_config(problem)
+    assert config.consumers == consumers
+    assert config.staging(H, H) is not None
 
 
 def test_lookup_leaves_what_was_not_measured_to_the_default() -> None:

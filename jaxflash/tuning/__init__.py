@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from pallas_kernels import hopper, spec
 from pallas_kernels.hopper.config import modifies
 
 TABLES = Path(__file__).parent
 _DEFAULT = "h100"
+# Measured at batch 1 with 8 to 32 heads and 512 to 2048 tokens (bench/LOG.md, few tiles).
+_FEW_ROUNDS = 2
+_OF_ANY_TILE = 0.6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +60,48 @@ def hopper_config(problem: spec.Problem) -> hopper.Config:
         return hopper.Config.default(problem)
     rows = [r for r in rows if r["head_dim"] == min(head_dims)]
     row = min(rows, key=lambda r: abs(math.log(r["length"] / max(kind.length, 1))))
-    return hopper.Config(**row["config"])
+    config = hopper.Config(**row["config"])
+    return for_few_tiles(problem, config) if kind.mask in ("full", "band") else config
+
+
+def for_few_tiles(problem: spec.Problem, config: hopper.Config) -> hopper.Config:
+    """The same, or one with fewer consumers that leaves less of the GPU without work.
+
+    Tables are measured with many tiles of queries. A few are done in one or two rounds, the
+    longest of which takes a time that grows with its rows.
+    """
+    blocks = hopper.multiprocessors(problem.device)
+
+    def tiles(consumers: int) -> int:
+        rows = config.rows * consumers
+        return problem.B * problem.N * -(-problem.T // rows)
+
+    if tiles(config.consumers) > _FEW_ROUNDS * blocks:
+        return config
+    share = _share(problem)
+
+    def cost(consumers: int) -> float:
+        """Rounds of the longest tile, by what one takes, in multiples of what 64 rows add to it."""
+        rounds = share * tiles(consumers) / blocks
+        rounds = math.ceil(rounds) if share == 1 else max(1.0, rounds)
+        return rounds * (consumers + _OF_ANY_TILE)
+
+    few = min((config.consumers, 2, 1), key=cost)
+    if few == config.consumers:
+        return config
+    found = dataclasses.replace(hopper.Config.default(problem), consumers=few, ping_pong=few > 1)
+    if few == 1 and 64 < max(problem.H, problem.Hv) <= 128:
+        return dataclasses.replace(found, block_kv=64, stages=4)
+    return found
+
+
+def _share(problem: spec.Problem) -> float:
+    """How many keys a row sees on average, of as many as one does at the most."""
+    assert problem.static_band is not None, "no mask from data"
+    row = np.arange(problem.T)
+    start, stop = problem.static_band.any_keys(row, row + 1, problem.S)
+    keys = np.broadcast_to(stop - start, row.shape)
+    return float(keys.mean() / max(keys.max(), 1))
 
 
 def _gpu(device: spec.Device) -> str:

@@ -5,6 +5,7 @@ from pallas_kernels.hopper.backward_kernel import BackwardConfig
 from pallas_kernels.hopper.config import Config
 from pallas_kernels.hopper.decode import decode, decode_config, supports_decode
 from pallas_kernels.hopper.forward import forward, supports
+from pallas_kernels.hopper.gpu import multiprocessors
 from pallas_kernels.hopper.quantize import quantize, supports_quantize
 from pallas_kernels.mosaic import is_interpreting
 
@@ -16,6 +17,7 @@ __all__ = [
     "decode_config",
     "forward",
     "is_interpreting",
+    "multiprocessors",
     "quantize",
     "supports",
     "supports_backward",

@@ -81,7 +81,7 @@ def backward(
     adds_keys = divides_groups(problem, c, blocks, kv_blocks)
     heads = p.N if adds_keys else p.K
     blocks = min(blocks, p.B * heads * kv_blocks)
-    at_once = _heads_at_once(p, heads, blocks, kv_blocks)
+    at_once = _heads_at_once(problem, heads, blocks, kv_blocks)
     schedule = Schedule(p.B, heads, kv_blocks, at_once, last_head_first=True)
     delta, stats, flags, units = _of_rows(p, c, q_blocks, operands, out, lse, dout, dlse)
     sizes = q_blocks * c.block_q, kv_blocks * c.block_kv
@@ -193,10 +193,13 @@ def _of_rows(
     base2 = jnp.where(empty, math.inf, lse * LOG2_E)
     stats = by_tile((base2, math.inf), (delta, 0.0))
     flags = jnp.any(by_tile((empty, False)), axis=-1).astype(jnp.int32)
+    bits = lax.bitcast_convert_type(stats, jnp.int32)
     if norms is None:
-        return delta, stats, flags, None
-    units = _units(operands, lse, delta, norms, p.dropout_rate)
-    return delta, stats, flags, by_tile((units, 0.0)).reshape(p.B, p.N, -1)
+        return delta, bits, flags, None
+    is_number = jnp.isfinite(lse - delta) | empty
+    norms = by_tile((jnp.where(is_number, norms, math.nan), 0.0))
+    units = _units(operands, stats[..., c.block_q :], norms, p.dropout_rate)
+    return delta, bits, flags, units.reshape(p.B, p.N, -1)
 
 
 def _outputs(
@@ -239,11 +242,11 @@ def _bias_tiles(
 
 
 def _units(
-    x: spec.Operands, lse: jax.Array, delta: jax.Array, of_dout: jax.Array, dropout_rate: float
+    x: spec.Operands, delta: jax.Array, of_dout: jax.Array, dropout_rate: float
 ) -> jax.Array:
-    """How many units a 1 is, [B, T, N], such that no row of dQ exceeds 2^30 of them.
+    """How many units a 1 is, such that no row of dQ exceeds 2^30 of them, from [B, N, ...].
 
-    It is NaN, which no integer is, where the row has seen one.
+    It is NaN, which no integer is, where the norm is.
 
     ``|dq| <= max|k| sum(p (|dp| + |delta|))``, where p sums to 1 and ``|dp| <= |dout| |v|``. Keys
     that are not finite count as none: rows that see them are no numbers anyway.
@@ -251,16 +254,15 @@ def _units(
     groups = x.query.shape[2] // x.key.shape[2]
 
     def largest(y: jax.Array) -> jax.Array:
-        found = jnp.max(jnp.where(jnp.isfinite(y), y, 0), axis=1)
-        return jnp.repeat(found, groups, axis=-1)[:, None]  # [B, 1, N]
+        y = y.swapaxes(1, 2)  # XLA then writes it so, and reads rows
+        found = jnp.max(jnp.where(jnp.isfinite(y), y, 0), axis=2)
+        return jnp.repeat(found, groups, axis=-1)[..., None, None]
 
     keys = largest(jnp.max(jnp.abs(x.key.astype(jnp.float32)), axis=-1))
     dp = of_dout * largest(_norms(x.value)) / (1 - dropout_rate)
     limit = keys * (dp + jnp.abs(delta))
     units = jnp.where(limit > TINY, 2.0**30 / jnp.maximum(limit, TINY), 0.0)
-    is_number = jnp.isfinite(lse - delta) | (lse == -math.inf)
-    units = jnp.where(is_number, units, math.nan)
-    return lax.optimization_barrier(units)  # as for delta
+    return jnp.where(jnp.isnan(of_dout), math.nan, units)
 
 
 def _norms(x: jax.Array) -> jax.Array:
@@ -305,8 +307,12 @@ def _heads_at_once(p: spec.Problem, heads: int, blocks: int, kv_blocks: int) -> 
     """Of how many heads, of the keys or of the queries, the tiles are worked on together.
 
     Not of fewer than have tiles enough for all blocks: heads that are worked on at the same time
-    anyway had better begin with the tiles that have most to do.
+    anyway had better begin with the tiles that have most to do. Where all have as much, one head
+    after the other is faster, if blocks that add to the same rows at the same time have enough else
+    to do.
     """
+    if p.band.is_unbounded and not p.masks_by_data and max(p.H, p.Hv) > ROWS:
+        return 1
     members = p.N // heads
     of_head = p.T * members * (p.H * (p.dtype.itemsize + 4) + p.Hv * p.dtype.itemsize)
     at_once = max(pl.cdiv(blocks, kv_blocks), gpu.L2_BYTES // of_head)

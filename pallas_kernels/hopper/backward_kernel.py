@@ -50,7 +50,7 @@ class BackwardConfig:
 
     @property
     def numbers(self) -> int:
-        """That roles tell each other, see `Refs.tile_smem`."""
+        """That roles tell each other, see `Refs.numbers`, but for the last."""
         return self.key_stages + 1 + 2 * self.stages
 
     @property
@@ -84,9 +84,10 @@ class BackwardConfig:
         if wide > _NARROW:
             return cls(by_columns=True, rounds=rounds)
         # Sums of integers, or the slope of a soft cap, leave no register for which K it is.
-        key_stages = 1 if problem.deterministic or problem.soft_cap is not None else 2
-        block_q = ROWS if wide > ROWS else 2 * ROWS
-        return cls(block_q=block_q, key_stages=key_stages, rounds=rounds)
+        has_registers = not problem.deterministic and problem.soft_cap is None
+        if wide > ROWS:
+            return cls(stages=3 if has_registers else 2, rounds=rounds)
+        return cls(block_q=2 * ROWS, key_stages=2 if has_registers else 1, rounds=rounds)
 
 
 def _should_round(p: spec.Problem) -> bool:
@@ -172,7 +173,8 @@ class Refs(NamedTuple):
 
     x: spec.Operands
     dout: mosaic.Ref  # [B, T, N, Hv]
-    stats: mosaic.Ref  # [B, N, q_blocks, 2 * block_q] float32: lse to base 2, and delta
+    # [B, N, q_blocks, 2 * block_q] int32: bits of the lse to base 2, and of delta, in float32
+    stats: mosaic.Ref
     empty: mosaic.Ref | None  # [B, N, q_blocks] int32: not 0 if a row sees nothing
     map: BlockMap | None
     # [B, N, T in whole tiles] float32: how many units of integer dQ a 1 is in each row, NaN if its
@@ -194,10 +196,9 @@ class Refs(NamedTuple):
     p_smem: mosaic.Matrix  # likewise, if by_columns
     # [consumers, 64, H or Hv, at least 128], unless by_columns: dV, then dK; before, sums of dQ.
     out_smem: mosaic.Matrix
-    stats_smem: mosaic.Ref  # [stages, 2 * block_q] float32
-    # [numbers] int32: which tiles of keys come next; a number taken; first rows. And where the
-    # kernel rounds dQ, see `Rounding`.
-    tile_smem: mosaic.Ref
+    # [stages + 1, 2 * block_q] int32: the bits of the statistics; and numbers that roles tell each
+    # other, for which, apart, there would be no room.
+    stats_smem: mosaic.Ref
     k_full: mosaic.Ref  # [key_stages]
     k_free: mosaic.Ref  # [key_stages]
     v_full: mosaic.Ref  # [1]
@@ -211,6 +212,11 @@ class Refs(NamedTuple):
     k_raw: mosaic.Ref  # K has arrived, with rows in it that are to be zeroed
     v_raw: mosaic.Ref  # likewise V
     q_raw: mosaic.Ref  # likewise Q and dO
+
+    @property
+    def numbers(self) -> mosaic.Ref:
+        """Which tiles of keys come next; a number taken; first rows; and, at last, `Rounding`'s."""
+        return self.stats_smem.at[self.stats_smem.shape[0] - 1]
 
 
 class BackwardForms(NamedTuple):
@@ -263,8 +269,7 @@ class BackwardForms(NamedTuple):
                 if c.by_columns
                 else {"out_smem": self.out(c).smem(CONSUMERS, dtype=dtype)}
             ),
-            "stats_smem": mosaic.SMEM((c.stages, 2 * c.block_q), jnp.float32),
-            "tile_smem": mosaic.SMEM((c.numbers + rounds_dq(p, c),), jnp.int32),
+            "stats_smem": mosaic.SMEM((c.stages + 1, 2 * c.block_q), jnp.int32),
             "k_full": mosaic.Barrier(num_barriers=c.key_stages, num_arrivals=of_k + 1),
             "k_free": mosaic.Barrier(num_barriers=c.key_stages, num_arrivals=CONSUMERS),
             "v_full": mosaic.Barrier(num_arrivals=of_v),
@@ -321,7 +326,7 @@ class Backward(Kernel):
     refs: Refs
 
     def place_of_row(self, step: Any) -> Any:
-        """In `tile_smem`, of the first row of a visit; it stays until the next one is done."""
+        """In `Refs.numbers`, of the first row of a visit; it stays until the next one is done."""
         return self.config.key_stages + 1 + lax.rem(step, 2 * self.config.stages)
 
     def work(self, tile: Any) -> KeyWork:

@@ -34,13 +34,20 @@ def produce(k: Backward, rounding: Rounding | None) -> None:
 
     def load(round_: Any, progress: Progress, tile: Any) -> Progress:
         work = k.work(tile)
-        place = announce(k, round_, tile)
         keys = Keys.of(k, work)
-        keys.produce(r.x.key, r.k_smem.at(place), r.k_raw, r.k_full.at[place], of_k)
 
-        def produce_values() -> None:
+        def produce_keys() -> None:
+            place = announce(k, round_, tile)
+            keys.produce(r.x.key, r.k_smem.at(place), r.k_raw, r.k_full.at[place], of_k)
+
+        def after_rows() -> None:
+            if stages == 1:
+                produce_keys()
             pl.when(round_ > 0)(lambda: mosaic.barrier_wait(r.v_free))
             keys.produce(r.x.value, r.v_smem, r.v_raw, r.v_full, of_v)
+
+        if stages > 1:
+            produce_keys()
 
         beside = None
         if rounding is not None:  # all heads of a group have as many visits
@@ -50,7 +57,7 @@ def produce(k: Backward, rounding: Rounding | None) -> None:
         def of_member(member: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
             count, part = state
             visits, part = produce_rows(
-                k, work, member, progress.step, count, produce_values, beside, part
+                k, work, member, progress.step, count, after_rows, beside, part
             )
             return count + visits, part
 
@@ -59,7 +66,7 @@ def produce(k: Backward, rounding: Rounding | None) -> None:
 
     zero, block = jnp.int32(0), lax.axis_index("block")
     start = Progress(zero) if rounding is None else Progress(zero, block, block)
-    rounds, last, tile = each_tile(k, r.tile_smem.at[pl.ds(stages, 1)], load, start)
+    rounds, last, tile = each_tile(k, r.numbers.at[pl.ds(stages, 1)], load, start)
     if rounding is not None:
         rounding.leave(last.part)
     place = announce(k, rounds, tile)  # that there is none left
@@ -76,7 +83,7 @@ def announce(k: Backward, round_: Any, tile: Any) -> Any:
     """Tells the consumers which tile comes next; returns the place of its K."""
     r, place = k.refs, lax.rem(round_, k.config.key_stages)
     pl.when(round_ >= k.config.key_stages)(lambda: mosaic.barrier_wait(r.k_free.at[place]))
-    r.tile_smem[place] = tile
+    r.numbers[place] = tile
     mosaic.commit_smem()
     mosaic.barrier_arrive(r.k_full.at[place])
     return place
@@ -132,13 +139,14 @@ def produce_rows(
     member: Any,
     step: Any,  # of the first visit of this tile of keys
     before: Any,  # how many visits it has had
-    produce_values: Callable[[], None],
+    after_rows: Callable[[], None],  # of the first visit of this tile of keys
     beside: Beside | None,
     part: Any,  # the next one to be rounded
 ) -> tuple[Any, Any]:
     """Copies Q, dO and the statistics of each visit to a head; returns how many, and the next part.
 
-    V comes with the first dO: until then the place is used by the tile before.
+    V, and K if it has one place, come after the first of them: they have to wait until the tile
+    before is done.
     """
     c, r = k.config, k.refs
     step += before
@@ -153,17 +161,17 @@ def produce_rows(
         again = step + j >= c.stages
         pl.when(again)(lambda: mosaic.barrier_wait(r.free.at[stage]))
         if tells_rows(k.problem):
-            r.tile_smem[k.place_of_row(step + j)] = q_block * c.block_q
+            r.numbers[k.place_of_row(step + j)] = q_block * c.block_q
             mosaic.commit_smem()
             mosaic.barrier_arrive(r.q_full.at[stage])
         mosaic.copy_gmem_to_smem(stats_gmem, r.stats_smem.at[stage], r.q_full.at[stage])
 
         def copy(q_barrier: mosaic.Ref, do_barrier: mosaic.Ref) -> None:
             mosaic.copy_in(q_gmem, r.q_smem.at(stage), q_barrier)
-            pl.when(before + j == 0)(produce_values)
             if c.by_columns:
                 pl.when(again)(lambda: mosaic.barrier_wait(r.do_free.at[stage]))
             mosaic.copy_in(do_gmem, r.do_smem.at(stage), do_barrier)
+            pl.when(before + j == 0)(after_rows)
 
         if empty is None:
             copy(r.q_full.at[stage], r.do_full.at[stage])
@@ -175,7 +183,8 @@ def produce_rows(
             copy(r.q_raw, r.q_raw)
             mosaic.barrier_wait(r.q_raw)
             for row in range(0, c.block_q, ROWS):
-                lse = mosaic.load_rows(stats_gmem.at[pl.ds(row, ROWS)])
+                bits = mosaic.load_rows(stats_gmem.at[pl.ds(row, ROWS)])
+                lse = lax.bitcast_convert_type(bits, jnp.float32)
                 for matrix in (r.q_smem.at(stage), r.do_smem.at(stage)):
                     zero_hidden(matrix, row, functools.partial(_is_finite, lse))
             mosaic.commit_smem()

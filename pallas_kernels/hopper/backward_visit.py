@@ -52,7 +52,7 @@ class Consumer(NamedTuple):
         """The first row of Q, from what `Here.row` is."""
         if not tells_rows(self.k.problem):
             return row
-        return mosaic.uniform(self.k.refs.tile_smem[self.k.place_of_row(row)])
+        return mosaic.uniform(self.k.refs.numbers[self.k.place_of_row(row)])
 
     def stage(self, step: Any) -> Any:
         """Where Q and dO of a visit are."""
@@ -137,7 +137,7 @@ def consume(k: Backward, order: Order, rounding: Rounding | None) -> None:
 
     def next_tile(place: Any) -> tuple[Any, Any]:
         mosaic.barrier_wait(r.k_full.at[place])
-        return place, mosaic.uniform(r.tile_smem[place])
+        return place, mosaic.uniform(r.numbers[place])
 
     def of_tile(state: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         place, tile, step = state
@@ -213,7 +213,8 @@ def gradient(c: Consumer, here: Here, weights: Weights, dp: jax.Array) -> jax.Ar
 def statistic(c: Consumer, here: Here, place: int) -> jax.Array:
     """Of this consumer's rows: the lse from place 0, or delta from block_q."""
     rows = pl.ds(place + here.first, c.k.config.rows)
-    return mosaic.load_columns(c.k.refs.stats_smem.at[here.stage, rows])
+    bits = mosaic.load_columns(c.k.refs.stats_smem.at[here.stage, rows])
+    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def sum_up(
