@@ -69,6 +69,13 @@ def number(x: float | None, digits: int = 4) -> str:
     return "-" if x is None else f"{x:.{digits}g}"
 
 
+def number_or_reason(row: Row | None, x: float | None) -> str:
+    """A figure, or why there is none, as far as the row says so."""
+    if x is None and "RESOURCE_EXHAUSTED" in ((row or {}).get("reason") or ""):
+        return "does not fit"
+    return number(x)
+
+
 def quotient(a: float | None, b: float | None) -> str:
     """``a / b``, or a dash."""
     return f"{a / b:.2f}" if a and b else "-"

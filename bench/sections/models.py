@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bench import seed
 from bench.results import markdown_table
-from bench.sections.found import Found, number, quotient, section, value
+from bench.sections.found import Found, number, number_or_reason, quotient, section, value
 from bench.serving import IN_8_BITS
 
 
@@ -37,7 +37,8 @@ def training_rates(found: Found) -> str:
         lines.append(
             [
                 model, f"{batch} x {length}", how,
-                *map(number, rates.values()), quotient(rates["jaxflash"], rates["standard"]),
+                *(number_or_reason(of_row[n], rate) for n, rate in rates.items()),
+                quotient(rates["jaxflash"], rates["standard"]),
                 quotient(rates["jaxflash"], rates["cudnn"]), share,
                 number(claim.standard), number(claim.flash),
             ]

@@ -61,10 +61,10 @@ def hopper_config(problem: spec.Problem) -> hopper.Config:
     rows = [r for r in rows if r["head_dim"] == min(head_dims)]
     row = min(rows, key=lambda r: abs(math.log(r["length"] / max(kind.length, 1))))
     config = hopper.Config(**row["config"])
-    return for_few_tiles(problem, config) if kind.mask in ("full", "band") else config
+    return _for_few_tiles(problem, config) if kind.mask in ("full", "band") else config
 
 
-def for_few_tiles(problem: spec.Problem, config: hopper.Config) -> hopper.Config:
+def _for_few_tiles(problem: spec.Problem, config: hopper.Config) -> hopper.Config:
     """The same, or one with fewer consumers that leaves less of the GPU without work.
 
     Tables are measured with many tiles of queries. A few are done in one or two rounds, the
