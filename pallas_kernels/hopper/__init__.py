@@ -4,8 +4,8 @@ from pallas_kernels.hopper.backward import backward, supports_backward
 from pallas_kernels.hopper.backward_kernel import BackwardConfig
 from pallas_kernels.hopper.config import Config
 from pallas_kernels.hopper.decode import decode, decode_config, supports_decode
-from pallas_kernels.hopper.forward import forward, supports
 from pallas_kernels.hopper.gpu import multiprocessors
+from pallas_kernels.hopper.launch import forward, supports
 from pallas_kernels.hopper.quantize import quantize, supports_quantize
 from pallas_kernels.mosaic import is_interpreting
 

@@ -21,8 +21,8 @@ from pallas_kernels.common.schedule import Schedule, Work
 from pallas_kernels.common.walk import Walk, part, part_exists
 from pallas_kernels.hopper import gpu
 from pallas_kernels.hopper.config import ROWS, Config, Sizes
-from pallas_kernels.hopper.forward import launch, supports
 from pallas_kernels.hopper.kernel import Forward
+from pallas_kernels.hopper.launch import launch, supports
 
 _STAGES, _STAGES_TO_WIDEN = (6, 5, 4, 3, 2), (4, 3, 2)
 # In bytes of keys and values that are read in the same time: what a part of a walk costs beside
