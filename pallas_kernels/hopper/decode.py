@@ -39,10 +39,6 @@ _FEW_ROWS, _FEW_ROWS_TO_WIDEN = (8, 16), (8, 16, 32)
 class Decode(Forward):
     """The kernel; a tile's rows are new tokens, and within each the heads of a group."""
 
-    @property
-    def one_tile_each(self) -> bool:
-        return self.schedule.tiles <= self.blocks
-
     def walk(self, work: Work) -> Walk:
         """The tiles of keys that a part of a tile of queries visits."""
         whole = self.whole_walk(work)

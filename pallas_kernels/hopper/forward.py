@@ -105,9 +105,15 @@ def consume_overlapped(c: Consumer) -> Any:
         tile, carry = turn(c, work, round_ + 1, step, carry)
         return round_ + 1, step, tile, carry
 
-    zero = jnp.int32(0)
+    zero, one = jnp.int32(0), jnp.int32(1)
     tile, work = next_tile(k, zero)
-    state = (zero, zero, tile, begin(c, work, zero, zero))
+    carry = begin(c, work, zero, zero)
+    if k.one_tile_each:
+        carry, step = visit_rest(c, work, zero, zero, carry)
+        end(c, k.schedule.work(mosaic.opaque(tile)), step, carry)
+        next_tile(k, one)
+        return one
+    state = (zero, zero, tile, carry)
     rounds, *_ = lax.while_loop(lambda state: state[2] < k.schedule.tiles, attend, state)
     return rounds
 
@@ -240,16 +246,20 @@ def turn_overlapped(
 
 def turn_apart(c: Consumer, work: Work, round_: Any, step: Any, carry: Carry) -> tuple[Any, Carry]:
     """The same where the next Q comes into the place of this one: one product after the other."""
-    k, r = c.k, c.k.refs
-    before = lax.rem(step - 1, k.config.stages)
+    end(c, work, step, carry)
+    tile, following = next_tile(c.k, round_)
+    return tile, begin(c, following, round_, step, tile < c.k.schedule.tiles)
+
+
+def end(c: Consumer, work: Work, step: Any, carry: Carry) -> None:
+    """The last O += P V of a tile, alone."""
+    r, before = c.k.refs, lax.rem(step - 1, c.k.config.stages)
     mosaic.barrier_wait(r.v_full.at[before])
     o = start_outputs(c, step - 1, carry)
     factor = finish(c, work, carry.stats)
     o = settled(o)
     mosaic.barrier_arrive(r.v_free.at[before])
     store(c, work, o, factor)
-    tile, following = next_tile(k, round_)
-    return tile, begin(c, following, round_, step, tile < k.schedule.tiles)
 
 
 def start_products(

@@ -299,6 +299,10 @@ class Forward(Kernel):
     forms: Forms
     refs: Refs
 
+    @property
+    def one_tile_each(self) -> bool:
+        return self.schedule.tiles <= self.blocks
+
     def walk(self, work: Work) -> Walk:
         """The tiles of keys that a tile of queries visits."""
         found = self.refs.map
