@@ -66,6 +66,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def is_out_of_memory(reason: str) -> bool:
+    """Whether an error of a device says so."""
+    return "RESOURCE_EXHAUSTED" in reason
+
+
 def slug(text: str) -> str:
     """Lower case, with a dash for everything that is no letter or digit."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

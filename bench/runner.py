@@ -223,7 +223,7 @@ def _checked(
 
 def _runtime_failure(cell: Cell, error: jax.errors.JaxRuntimeError) -> Cell:
     """Out of memory is a skip; anything else an implementation raises is its failure."""
-    status: Status = "skipped" if "RESOURCE_EXHAUSTED" in str(error) else "failed"
+    status: Status = "skipped" if results.is_out_of_memory(str(error)) else "failed"
     return dataclasses.replace(cell, status=status, reason=results.first_line(error))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from bench import results
 from bench.gpus import GPUS
-from bench.results import Line
+from bench.results import Line, is_out_of_memory
 
 TABLES = (
     "speed", "forward", "fp8", "footprint", "decode", "throughput", "generation", "serving",
@@ -71,7 +71,7 @@ def number(x: float | None, digits: int = 4) -> str:
 
 def number_or_reason(row: Row | None, x: float | None) -> str:
     """A figure, or why there is none, as far as the row says so."""
-    if x is None and "RESOURCE_EXHAUSTED" in ((row or {}).get("reason") or ""):
+    if x is None and row is not None and is_out_of_memory(row.get("reason") or ""):
         return "does not fit"
     return number(x)
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from pallas_kernels import hopper, spec
 from pallas_kernels.hopper.config import modifies
@@ -61,10 +60,10 @@ def hopper_config(problem: spec.Problem) -> hopper.Config:
     rows = [r for r in rows if r["head_dim"] == min(head_dims)]
     row = min(rows, key=lambda r: abs(math.log(r["length"] / max(kind.length, 1))))
     config = hopper.Config(**row["config"])
-    return _for_few_tiles(problem, config) if kind.mask in ("full", "band") else config
+    return _for_few_tiles(problem, kind, config) if kind.mask in ("full", "band") else config
 
 
-def _for_few_tiles(problem: spec.Problem, config: hopper.Config) -> hopper.Config:
+def _for_few_tiles(problem: spec.Problem, kind: Kind, config: hopper.Config) -> hopper.Config:
     """The same, or one with fewer consumers that leaves less of the GPU without work.
 
     Tables are measured with many tiles of queries. A few are done in one or two rounds, the
@@ -90,7 +89,7 @@ def _for_few_tiles(problem: spec.Problem, config: hopper.Config) -> hopper.Confi
     if few == config.consumers:
         return config
     found = dataclasses.replace(hopper.Config.default(problem), consumers=few, ping_pong=few > 1)
-    if few == 1 and 64 < max(problem.H, problem.Hv) <= 128:
+    if few == 1 and 64 < kind.head_dim <= 128:
         return dataclasses.replace(found, block_kv=64, stages=4)
     return found
 
@@ -98,9 +97,7 @@ def _for_few_tiles(problem: spec.Problem, config: hopper.Config) -> hopper.Confi
 def _share(problem: spec.Problem) -> float:
     """How many keys a row sees on average, of as many as one does at the most."""
     assert problem.static_band is not None, "no mask from data"
-    row = np.arange(problem.T)
-    start, stop = problem.static_band.any_keys(row, row + 1, problem.S)
-    keys = np.broadcast_to(stop - start, row.shape)
+    keys = problem.static_band.counts(problem.T, problem.S)
     return float(keys.mean() / max(keys.max(), 1))
 
 

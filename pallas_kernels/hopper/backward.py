@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import mosaic, spec
-from pallas_kernels.common import accepts, block_map
+from pallas_kernels.common import accepts, block_map, visits
 from pallas_kernels.common.schedule import Schedule, largest_divisor
 from pallas_kernels.hopper import gpu
 from pallas_kernels.hopper import tile as tiles
@@ -34,7 +34,6 @@ from pallas_kernels.hopper.backward_kernel import (
     Backward,
     BackwardConfig,
     BackwardForms,
-    Refs,
     divides_groups,
     key_sums,
     of_one,
@@ -46,7 +45,7 @@ from pallas_kernels.hopper.backward_producer import produce
 from pallas_kernels.hopper.backward_rounding import Rounding
 from pallas_kernels.hopper.backward_rows import of_rows
 from pallas_kernels.hopper.backward_visit import consume
-from pallas_kernels.hopper.config import ROWS
+from pallas_kernels.hopper.config import ROWS, modifies
 from pallas_kernels.hopper.kernel import divide
 
 
@@ -129,18 +128,15 @@ class Plan(NamedTuple):
             outputs.append(jax.ShapeDtypeStruct(shape, p.dtype))
         return outputs
 
-    def kernel(self, refs: Refs | None) -> Backward:
-        p = tiles.in_kernel(self.problem)
-        return Backward(p, self.config, self.schedule, self.blocks, self.forms, refs)
-
     def launch(self, inputs: tuple[Any, ...], sums: dict[str, mosaic.Sums]) -> list[jax.Array]:
         """Runs the kernel on what `Refs` begins with; it adds to the sums, returns the outputs."""
-        p, c, forms = self.problem, self.config, self.forms
+        p, c, forms = tiles.in_kernel(self.problem), self.config, self.forms
         leaves, tree = jax.tree.flatten(inputs)
 
         def backward_kernel(*refs: mosaic.Ref) -> None:
             inputs = jax.tree.unflatten(tree, refs[: len(leaves)])
-            k = self.kernel(forms.refs(p, c, inputs, *refs[len(leaves) :]))
+            named = forms.refs(p, c, inputs, *refs[len(leaves) :])
+            k = Backward(p, c, self.schedule, self.blocks, forms, named)
             order = BY_COLUMNS if c.by_columns else BY_KEYS
             rounding = Rounding.of(k) if rounds_dq(p, c) else None
             tasks = (functools.partial(consume, k, order, rounding), lambda: produce(k, rounding))
@@ -190,7 +186,7 @@ def backward(
     x = tiles.prepare(p, operands, plan.rows, plan.keys, turned=True)
     q, k, v = forms.q.array(x.query), forms.k.array(x.key), forms.v.array(x.value)
     x = x._replace(query=q, key=k, value=v)
-    flags = empty if plan.kernel(None).empties_rows else None
+    flags = empty if visits.empties_rows(p, modifies(p)) else None
     sums = plan.sums()
     rest = plan.launch((x, forms.do.array(dout), stats, flags, found, units), sums)
     if plan.adds_keys:

@@ -49,11 +49,6 @@ class BackwardConfig:
         return 1 if self.by_columns else CONSUMERS
 
     @property
-    def numbers(self) -> int:
-        """That roles tell each other, see `Refs.numbers`, but for the last."""
-        return self.key_stages + 1 + 2 * self.stages
-
-    @property
     def block_kv(self) -> int:
         return self.key_groups * ROWS
 
@@ -328,6 +323,11 @@ class Backward(Kernel):
     def place_of_row(self, step: Any) -> Any:
         """In `Refs.numbers`, of the first row of a visit; it stays until the next one is done."""
         return self.config.key_stages + 1 + lax.rem(step, 2 * self.config.stages)
+
+    @property
+    def place_of_part(self) -> int:
+        """Of what comes after those: the part that all warpgroups round from, see `Rounding`."""
+        return self.config.key_stages + 1 + 2 * self.config.stages
 
     def work(self, tile: Any) -> KeyWork:
         """The tile of keys that comes at a place of the order: the first ones have most to do."""

@@ -76,12 +76,12 @@ class Rounding(NamedTuple):
 
     def leave(self, part: Any) -> None:
         """The producer leaves this part and those after it to all warpgroups."""
-        self.k.refs.numbers[self.k.config.numbers] = part
+        self.k.refs.numbers[self.k.place_of_part] = part
 
     def end(self, me: Any) -> None:
         """All warpgroups of the block, numbered, round what is left."""
         parts, step = Parts.of(self.k), (CONSUMERS + 1) * self.k.blocks
-        first = mosaic.uniform(self.k.refs.numbers[self.k.config.numbers]) + me * self.k.blocks
+        first = mosaic.uniform(self.k.refs.numbers[self.k.place_of_part]) + me * self.k.blocks
 
         @pl.loop(0, lax.div(jnp.maximum(parts.number - first, 0) + step - 1, step))
         def _(i: Any) -> None:

@@ -83,9 +83,13 @@ class Band:
 
     def area(self, rows: int, keys: int) -> int:
         """How many (row, key) pairs of ``[0, rows) x [0, keys)`` are visible."""
+        return int(self.counts(rows, keys).sum())
+
+    def counts(self, rows: int, keys: int) -> np.ndarray:
+        """How many of ``[0, keys)`` each row of ``[0, rows)`` sees."""
         row = np.arange(rows, dtype=np.int64)
         start, stop = self.any_keys(row, row + 1, keys)
-        return int(np.broadcast_to(stop - start, rows).sum())
+        return np.broadcast_to(stop - start, rows)
 
 
 def _clip(start: Index, stop: Index, size: int) -> tuple[Index, Index]:
