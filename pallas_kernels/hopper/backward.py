@@ -182,13 +182,13 @@ def backward(
     p, c, forms = problem, plan.config, plan.forms
     needs_map = block_map.needs_map(p)
     found = block_map.by_key(p, operands, c.block_q, c.block_kv) if needs_map else None
-    delta, stats, empty, units = of_rows(p, c, plan.q_blocks, operands, out, lse, dout, dlse)
+    delta, stats, empty = of_rows(p, c, plan.q_blocks, operands, out, lse, dout, dlse)
     x = tiles.prepare(p, operands, plan.rows, plan.keys, turned=True)
     q, k, v = forms.q.array(x.query), forms.k.array(x.key), forms.v.array(x.value)
     x = x._replace(query=q, key=k, value=v)
     flags = empty if visits.empties_rows(p, modifies(p)) else None
     sums = plan.sums()
-    rest = plan.launch((x, forms.do.array(dout), stats, flags, found, units), sums)
+    rest = plan.launch((x, forms.do.array(dout), stats, flags, found), sums)
     if plan.adds_keys:
         dk, dv = (_from_strips(sums[name], p.dtype) for name in ("key", "value"))
     else:
@@ -196,7 +196,11 @@ def backward(
     dbias = mosaic.matrices(rest.pop(0)) if stores_bias(p) else None
     if "bias" in sums:
         dbias = sums["bias"].total()
-    dq = rest.pop() if rounds_dq(p, c) else _from_strips(sums["query"], p.dtype, p.scale, units)
+    if rounds_dq(p, c):
+        dq = rest.pop()
+    else:
+        units = lax.bitcast_convert_type(stats[..., 2 * c.block_q :], jnp.float32)
+        dq = _from_strips(sums["query"], p.dtype, p.scale, units if p.deterministic else None)
     of_keys = jnp.sum(rest[0], axis=1) if rest else ()
     by_name = dict(zip(key_sums(p), of_keys, strict=True))
     result = spec.Operands(
@@ -213,7 +217,10 @@ def backward(
 def _from_strips(
     sums: mosaic.Sums, dtype: Any, scale: float = 1.0, units: jax.Array | None = None
 ) -> jax.Array:
-    """[B, tokens, heads, columns] of sums of strips of 64 rows, rounded; ``units``: see `Refs`."""
+    """[B, tokens, heads, columns] of sums of strips of 64 rows, rounded.
+
+    ``units``: of integers, see `Refs.stats`, [B, heads, ...].
+    """
     total = sums.total()  # [B, tokens / 64, heads, strips, 64, width]
     batch, _, heads, strips, _, width = total.shape
     if units is not None:

@@ -31,7 +31,6 @@ from pallas_kernels.hopper.backward_visit import (
     probabilities,
     show,
     sum_up,
-    units_of_rows,
 )
 from pallas_kernels.hopper.config import ROWS
 
@@ -115,7 +114,7 @@ def multiply(
     mosaic.barrier_wait(r.ds_full.at[here.slot])
     dq = mosaic.start(ds_view.tiled, columns(c, c.keys(c.group)), transpose_a=True)
     dk = mosaic.start(ds_view.tiled, columns(c, r.q_smem.at(here.stage)), carry.dk)
-    units = units_of_rows(c, work, here.of_rows.head, here.row0)
+    units = c.k.units(work.batch, here.of_rows.head, here.row0)
     add_share(c, work, here, units, mosaic.settle(dq, in_flight=1))
     dk = mosaic.settle(dk)
     mosaic.barrier_arrive(r.free.at[here.stage])

@@ -36,7 +36,6 @@ from pallas_kernels.hopper.backward_visit import (
     show,
     stage_dq,
     sum_up,
-    units_of_rows,
 )
 from pallas_kernels.hopper.config import ROWS
 
@@ -154,8 +153,8 @@ def start_dq(c: Consumer, slot: Any) -> jax.Array:
 
 
 def units_of_share(c: Consumer, work: KeyWork, last: Last) -> Any:
-    *rows, _ = place_of_share(c, work, last)
-    return units_of_rows(c, *rows)
+    _, head, row0, _ = place_of_share(c, work, last)
+    return c.k.units(work.batch, head, row0)
 
 
 def stage_share(

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any, NamedTuple
 
+import jax
+import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 
@@ -97,8 +99,7 @@ def _should_round(p: spec.Problem) -> bool:
     is_large = 4 * p.B * p.T * p.N * p.H > gpu.L2_CACHE_BYTES
     if max(p.H, p.Hv) <= _NARROW:
         return is_large
-    keys = p.S if p.band.lo is None or p.band.hi is None else min(p.S, p.band.hi - p.band.lo + 1)
-    return is_large and keys <= _FEW_KEYS_OF_ROW
+    return is_large and p.band.most_keys(p.S) <= _FEW_KEYS_OF_ROW
 
 
 def divides_groups(problem: spec.Problem, c: BackwardConfig, blocks: int, kv_blocks: int) -> bool:
@@ -141,7 +142,7 @@ def rounds_dq(problem: spec.Problem, c: BackwardConfig) -> bool:
 
 
 def of_one(units: Any) -> Any:
-    """What a unit is where so many are a 1, see `Refs.units`; NaN where that is."""
+    """What a unit is where so many are a 1, see `Refs.stats`; NaN where that is."""
     return 1 / jnp.where(units < TINY, TINY, units)
 
 
@@ -168,13 +169,11 @@ class Refs(NamedTuple):
 
     x: spec.Operands
     dout: mosaic.Ref  # [B, T, N, Hv]
-    # [B, N, q_blocks, 2 * block_q] int32: bits of the lse to base 2, and of delta, in float32
+    # [B, N, q_blocks, 2 or 3 * block_q] int32, bits of float32: lse to base 2, delta and, if sums
+    # are integers, how many units of dQ a 1 is, NaN if its gradient is no number
     stats: mosaic.Ref
     empty: mosaic.Ref | None  # [B, N, q_blocks] int32: not 0 if a row sees nothing
     map: BlockMap | None
-    # [B, N, T in whole tiles] float32: how many units of integer dQ a 1 is in each row, NaN if its
-    # gradient is no number.
-    units: mosaic.Ref | None
     dq_gmem: mosaic.Ref  # [slabs, B, T / 64, N, strips, 64 * width], of `mosaic.Sums`
     # [slabs, B|1, N|1, S / 64, T / n, 64 * n], n = bias_width; without slabs if stored
     dbias_gmem: mosaic.Ref | None
@@ -362,6 +361,16 @@ class Backward(Kernel):
         if work.q_head is not None:
             return Work(work.batch, work.q_head, None)
         return Work(work.batch, work.head * self.problem.G + member, None)
+
+    def units(self, batch: Any, head: Any, row0: Any) -> jax.Array | None:
+        """How many units a 1 is in 64 rows of dQ; None if they are summed as floats."""
+        if not self.problem.deterministic:
+            return None
+        block_q = self.config.block_q
+        q_block, first = lax.div(row0, block_q), lax.rem(row0, block_q)
+        rows = pl.ds(2 * block_q + first, ROWS)
+        bits = mosaic.load_rows(self.refs.stats.at[batch, head, q_block, rows])
+        return lax.bitcast_convert_type(bits, jnp.float32)
 
     def walk(self, work: KeyWork, member: Any) -> Walk:
         """The tiles of queries of a head that a tile of keys visits."""

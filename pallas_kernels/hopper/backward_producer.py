@@ -156,7 +156,7 @@ def produce_rows(
         stage, q_block = lax.rem(step + j, c.stages), walk.tile(j)
         rows = pl.ds(q_block * c.block_q, c.block_q)
         q_gmem, do_gmem = (x.at[work.batch, rows, head] for x in (r.x.query, r.dout))
-        stats_gmem = r.stats.at[work.batch, head, q_block]
+        stats_gmem = r.stats.at[work.batch, head, q_block, pl.ds(0, 2 * c.block_q)]
         empty = None if r.empty is None else r.empty[work.batch, head, q_block] > 0
         again = step + j >= c.stages
         pl.when(again)(lambda: mosaic.barrier_wait(r.free.at[stage]))

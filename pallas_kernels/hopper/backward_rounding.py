@@ -107,8 +107,8 @@ class Rounding(NamedTuple):
             is_staged=not k.config.by_columns,
         )
         factor: Any = k.problem.scale
-        if k.refs.units is not None:
-            units = mosaic.load_rows(k.refs.units.at[batch, head, pl.ds(row_tile * ROWS, ROWS)])
+        units = k.units(batch, head, row_tile * ROWS)
+        if units is not None:
             factor = mosaic.spread_rows(of_one(units) * factor, found.shape)
         column = strip * k.config.width + of_strip * mosaic.PART_WIDTH
         place = row_tile * ROWS, column

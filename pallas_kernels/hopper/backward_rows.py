@@ -22,8 +22,8 @@ def of_rows(
     lse: jax.Array,
     dout: jax.Array,
     dlse: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """Delta, [B, T, N]; and, as `Refs` has them, the statistics, `empty` and units of integers."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Delta, [B, T, N]; and, as `Refs` has them, the statistics and `empty`."""
     by_tile = functools.partial(_by_tile, c, q_blocks)
     norms = _norms(dout) if p.deterministic else None
     # The barrier keeps XLA from sums within the transpose, which reads column by column.
@@ -32,21 +32,20 @@ def of_rows(
     delta = spec.softmax.delta_of_sums(sums, lse, dlse)
     empty = lse == -math.inf
     base2 = jnp.where(empty, math.inf, lse * LOG2_E)
-    stats = by_tile((base2, math.inf), (delta, 0.0))
+    filled = [(base2, math.inf), (delta, 0.0)]
+    if norms is not None:
+        is_number = jnp.isfinite(lse - delta) | empty
+        norms = jnp.where(is_number, norms, math.nan)
+        filled.append((_units(operands, delta, norms, p.dropout_rate), 0.0))
+    stats = lax.bitcast_convert_type(by_tile(*filled), jnp.int32)
     flags = jnp.any(by_tile((empty, False)), axis=-1).astype(jnp.int32)
-    bits = lax.bitcast_convert_type(stats, jnp.int32)
-    if norms is None:
-        return delta, bits, flags, None
-    is_number = jnp.isfinite(lse - delta) | empty
-    norms = by_tile((jnp.where(is_number, norms, math.nan), 0.0))
-    units = _units(operands, stats[..., c.block_q :], norms, p.dropout_rate)
-    return delta, bits, flags, units.reshape(p.B, p.N, -1)
+    return delta, stats, flags
 
 
 def _units(
     x: spec.Operands, delta: jax.Array, of_dout: jax.Array, dropout_rate: float
 ) -> jax.Array:
-    """How many units a 1 is, such that no row of dQ exceeds 2^30 of them, from [B, N, ...].
+    """How many units a 1 is, such that no row of dQ exceeds 2^30 of them, [B, T, N].
 
     It is NaN, which no integer is, where the norm is.
 
@@ -58,7 +57,7 @@ def _units(
     def largest(y: jax.Array) -> jax.Array:
         y = y.swapaxes(1, 2)  # XLA then writes it so, and reads rows
         found = jnp.max(jnp.where(jnp.isfinite(y), y, 0), axis=2)
-        return jnp.repeat(found, groups, axis=-1)[..., None, None]
+        return jnp.repeat(found, groups, axis=-1)[:, None]
 
     keys = largest(jnp.max(jnp.abs(x.key.astype(jnp.float32)), axis=-1))
     dp = of_dout * largest(_norms(x.value)) / (1 - dropout_rate)

@@ -153,7 +153,7 @@ def consume(k: Backward, order: Order, rounding: Rounding | None) -> None:
     if rounding is not None:
         rounding.added()
         rounding.end(1 + me)
-    mosaic.wait_smem_to_gmem(0)
+    mosaic.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def attend(c: Consumer, order: Order, work: KeyWork, step: Any, rounding: Rounding | None) -> Any:
@@ -269,13 +269,6 @@ def finish_head(c: Consumer, work: KeyWork, member: Any, carry: Carry) -> Carry:
         place = k.refs.sums_gmem.at[i, part, of_rows.batch, of_rows.head, keys]
         mosaic.store(place, found, optimized=False)
     return carry._replace(sums=nothing_summed(k))
-
-
-def units_of_rows(c: Consumer, work: KeyWork, head: Any, row0: Any) -> Any:
-    """How many units of integers a 1 is in 64 rows of dQ; None if they are summed as floats."""
-    if c.k.refs.units is None:
-        return None
-    return mosaic.load_rows(c.k.refs.units.at[work.batch, head, pl.ds(row0, ROWS)])
 
 
 def add_dq(

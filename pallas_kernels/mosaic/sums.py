@@ -36,11 +36,22 @@ _SPLAT = plgpu.Layout.WG_SPLAT
 _ADD_FOUR = "red.relaxed.gpu.global.add.v4.f32 [$0], {$1, $2, $3, $4};"
 _ADD_ROUNDED = "{ .reg .s32 t; cvt.rni.s32.f32 t, $1; red.relaxed.gpu.global.add.s32 [$0], t; }"
 _STAGE_FOUR = "st.shared.v4.f32 [$0], {$1, $2, $3, $4};"
-_STAGE_FOUR_ROUNDED = """{
-    .reg .s32 a, b, c, d;
-    cvt.rni.s32.f32 a, $1; cvt.rni.s32.f32 b, $2; cvt.rni.s32.f32 c, $3; cvt.rni.s32.f32 d, $4;
-    st.shared.v4.s32 [$0], {a, b, c, d};
-}"""
+# Two integers as one of 64 bits, see `Sums`.
+_PAIR = """
+    cvt.rni.s32.f32 {0}, {2}; cvt.rni.s32.f32 {1}, {3};
+    shr.s32 t, {0}, 31; add.s32 {1}, {1}, t;
+"""
+_ADD_PAIR = f"""{{
+    .reg .s32 a, b, t; .reg .b64 both;
+    {_PAIR.format("a", "b", "$1", "$2")}
+    mov.b64 both, {{a, b}}; red.relaxed.gpu.global.add.u64 [$0], both;
+}}"""
+_STAGE_PAIRS = f"""{{
+    .reg .s32 a, b, c, d, t;
+    {_PAIR.format("a", "b", "$1", "$2")}
+    {_PAIR.format("c", "d", "$3", "$4")}
+    st.shared.v4.s32 [$0], {{a, b, c, d}};
+}}"""
 
 
 class Sums(NamedTuple):
@@ -52,6 +63,10 @@ class Sums(NamedTuple):
     Compiled, there is one slab. Interpreted, where blocks cannot add to the same place, each of
     those that would has one of its own. A matrix is held in the order in which threads have it, so
     that they add floats 16 bytes at a time, and a warp adds to what is contiguous.
+
+    Integers that copies add are two in one of 64 bits, ``low + 2^32 high``: the GPU adds as many of
+    these in the same time. What the sign of the low one takes from the high one is given back when
+    they are read.
     """
 
     ref: Any  # [slabs, ..., 64 * width], one of the kernel's last operands
@@ -76,7 +91,11 @@ class Sums(NamedTuple):
         found = jax.freeze(self.ref)
         if interpreter.is_interpreting():
             return matrices(jnp.sum(found, axis=0))
-        return matrices(found[0], is_staged=self.is_staged)
+        total = found[0]
+        if self.is_staged and total.dtype == jnp.int32:
+            low, high = jnp.moveaxis(total.reshape(*total.shape[:-1], -1, 2), -1, 0)
+            total = jnp.stack([low, high - (low >> 31)], axis=-1).reshape(total.shape)
+        return matrices(total, is_staged=self.is_staged)
 
     @classmethod
     def exist(cls) -> bool:
@@ -134,7 +153,8 @@ def add(sum_: Ref, value: jax.Array, *, is_staged: bool = False) -> None:
     def run(_: Any, sum_: Any, value: Any) -> None:
         f32 = ir.F32Type.get()
         elements = _elements(value)
-        at_once, instruction = (1, _ADD_ROUNDED) if exact else (_AT_ONCE, _ADD_FOUR)
+        rounded = (2, _ADD_PAIR) if is_staged else (1, _ADD_ROUNDED)
+        at_once, instruction = rounded if exact else (_AT_ONCE, _ADD_FOUR)
         apart = _AT_ONCE if is_staged else at_once  # what a thread has of what follows each other
         base = _start(mgpu_utils.memref_ptr(sum_), _LANES * len(elements), apart)
         for start in range(0, len(elements), at_once):
@@ -158,7 +178,7 @@ def stage(value: jax.Array, staging: Ref, dtype: Any) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, ref_type(staging)))
     def run(_: Any, value: Any, staging: Any) -> None:
         i32, elements = ir.IntegerType.get_signless(32), _elements(value)
-        instruction = _STAGE_FOUR if dtype == jnp.float32 else _STAGE_FOUR_ROUNDED
+        instruction = _STAGE_FOUR if dtype == jnp.float32 else _STAGE_PAIRS
         base = _start(mgpu_utils.memref_ptr(staging), _LANES * len(elements), _AT_ONCE)
         for start in range(0, len(elements), _AT_ONCE):
             place = llvm.ptrtoint(i32, mgpu_utils.getelementptr(base, [start * _LANES], i32))
@@ -175,7 +195,7 @@ def add_staged(sum_: Ref, staging: Ref) -> None:
     run meanwhile would be serialised.
     """
     add = "cp.reduce.async.bulk.global.shared::cta.bulk_group.add."
-    add += "f32" if sum_.dtype == jnp.float32 else "s32"
+    add += "f32" if sum_.dtype == jnp.float32 else "u64"
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ref_type(staging)))
     def run(_: Any, sum_: Any, staging: Any) -> None:
@@ -219,6 +239,8 @@ def load_part(sum_: Ref, part: Any, *, is_staged: bool = False) -> jax.Array:
             mgpu_utils.getelementptr(start, [i * _LANES], f32) for i in range(0, elements, at_once)
         ]
         found = [x for place in places for x in _load(place, i32 if exact else f32, at_once)]
+        if exact and is_staged:
+            found[1::2] = map(_without_sign, found[1::2], found[::2])
         if exact:
             found = [arith.sitofp(f32, x) for x in found]
         registers = np.empty(fa.WGMMA_LAYOUT.registers_shape(shape), dtype=object)
@@ -240,6 +262,12 @@ def _load(place: Any, element: Any, number: int) -> list[Any]:
     instruction = "ld.relaxed.gpu.global.v4.b32 {$0, $1, $2, $3}, [$4];"
     found = _asked(four, place, instruction, ",".join([*_AT_ONCE * [f"={kind}"], "l"]))
     return [llvm.extractvalue(element, found, [i]) for i in range(_AT_ONCE)]
+
+
+def _without_sign(high: Any, low: Any) -> Any:
+    """The second one of a pair of integers, see `Sums`."""
+    sign = arith.shrsi(low, mgpu_utils.c(31, ir.IntegerType.get_signless(32)))
+    return arith.subi(high, sign)
 
 
 def _asked(kind: Any, place: Any, instruction: str, constraints: str) -> Any:

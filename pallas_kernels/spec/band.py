@@ -81,6 +81,16 @@ class Band:
             None if self.hi is None else self.hi + offset,
         )
 
+    def most_keys(self, keys: int) -> int:
+        """How many of ``[0, keys)`` a row sees at the most; the bounds are static."""
+        if self.lo is None or self.hi is None:
+            return keys
+        return min(keys, self.hi - self.lo + 1)
+
+    def causal_keys(self, keys: int) -> int:
+        """Of how many keys, up to so many, causal rows see as many on average as rows see here."""
+        return min(keys, 2 * self.most_keys(keys))
+
     def area(self, rows: int, keys: int) -> int:
         """How many (row, key) pairs of ``[0, rows) x [0, keys)`` are visible."""
         return int(self.counts(rows, keys).sum())
