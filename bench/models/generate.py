@@ -84,12 +84,16 @@ def prefill(
     return nnx.merge(structure, parameters).extend(prompts, caches, counts)
 
 
-# So that the projections of one input, and the MLP's two, are one product each: XLA merges matrices
-# of up to 32 MB by default.
-_MERGED = {"xla_gpu_dot_merger_threshold_mb": 1024}
+_OPTIONS = {
+    # So that the projections of one input, and the MLP's two, are one product each: XLA merges
+    # matrices of up to 32 MB by default.
+    "xla_gpu_dot_merger_threshold_mb": 1024,
+    # So that kernels which do not depend on each other run at the same time.
+    "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
+}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=2, compiler_options=_MERGED)
+@functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=2, compiler_options=_OPTIONS)
 def decode(
     structure: Any,
     parameters: Any,
