@@ -34,13 +34,13 @@ CANDIDATES: dict[int, tuple[Config, ...]] = {
         Config(consumers=3, ping_pong=True),
         Config(consumers=4, block_kv=64, stages=4),
         Config(consumers=4, block_kv=64, stages=4, ping_pong=True),
-        Config(consumers=4, block_kv=96, stages=3, ping_pong=True, overlaps=False),
+        Config(consumers=4, block_kv=96, stages=3, ping_pong=True, overlaps=False, parts=3),
     ),
     128: (
         Config(),
         Config(ping_pong=True),
         Config(block_kv=160, q_stages=1),
-        Config(consumers=3, q_stages=1, ping_pong=True, overlaps=False),
+        Config(consumers=3, q_stages=1, ping_pong=True, overlaps=False, parts=2),
     ),
     192: (Config(block_kv=96, q_stages=1), Config(block_kv=64)),
     256: (Config(block_kv=64, q_stages=1), Config(block_kv=64, q_stages=1, ping_pong=True)),
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"this device is {device.device_kind}, not {options.gpu}")
         return 1
     chosen = [kind for kind in kinds() if (options.only or "") in problem_of(*kind).label]
-    compiler, clock = Compiler(), device_clock(device)
+    compiler, clock = Compiler.for_device(device), device_clock(device)
     waiting = {kind: _submit(compiler, *kind) for kind in chosen}
     rows = _measured_before(options.gpu) if options.only else {}
     for kind, submitted in waiting.items():
@@ -131,7 +131,7 @@ def _submit(compiler: Compiler, mask: str, head_dim: int, length: int) -> dict[s
     problem = problem_of(mask, head_dim, length)
     tried = enumerate(candidates(mask, head_dim))
     functions = {str(i): functools.partial(_run, problem, config) for i, config in tried}
-    return submit(compiler, problem, functions)
+    return submit(compiler, problem, functions, apart=functions)
 
 
 def _run(
@@ -150,7 +150,8 @@ def text_of(config: Config) -> str:
 def _varied(config: Config) -> dict[str, Any]:
     """The fields that are tuned; rows are fewer, and tiles turned, in decoding alone.
 
-    That products overlap goes without saying.
+    That products of visits overlap goes without saying, and so does that a visit is one part.
     """
-    left_out = {"rows", "turned"} | ({"overlaps"} if config.overlaps else set())
+    usual = {"overlaps": True, "parts": 1}
+    left_out = {"rows", "turned"} | {k for k, v in usual.items() if getattr(config, k) == v}
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in left_out}

@@ -49,7 +49,8 @@ def _assert_fast(kernel: aot.Kernel, spilled: int = 0) -> None:
     assert 0 < kernel.registers <= 255
 
 
-_SEGMENTS = np.zeros((1, 4096), np.int32)
+_BATCH, _HEADS = 8, 32  # so many tiles that the table's configurations are chosen
+_SEGMENTS = np.zeros((_BATCH, 4096), np.int32)
 _OF_MASK: dict[str, dict[str, Any]] = {
     "full": {},
     "band": {"is_causal": True},
@@ -62,28 +63,39 @@ _OF_MASK: dict[str, dict[str, Any]] = {
 }
 
 
-def _forwards() -> dict[str, tuple[int, int, int, dict[str, Any]]]:
-    """H, Hv, length and options: one for every configuration in the table, then other forms."""
+class _Forward(NamedTuple):
+    """A forward: head dims, length, options, and whether its visits have parts."""
+
+    H: int
+    Hv: int
+    length: int
+    options: dict[str, Any]
+    has_parts: bool = False
+
+
+def _forwards() -> dict[str, _Forward]:
+    """One for every configuration in the table, then other forms."""
     rows = json.loads(tuning.TABLES.joinpath("h100.json").read_text())["rows"]
-    found: dict[tuple[Any, ...], tuple[int, int, int, dict[str, Any]]] = {}
+    found: dict[tuple[Any, ...], _Forward] = {}
     for row in rows:
         key = (row["mask"], row["head_dim"], *row["config"].values())
-        found[key] = (row["head_dim"], row["head_dim"], row["length"], _OF_MASK[row["mask"]])
+        H, options = row["head_dim"], _OF_MASK[row["mask"]]
+        found[key] = _Forward(H, H, row["length"], options, "parts" in row["config"])
     window = {"is_causal": True, "local_window_size": (512, 0)}
-    bias = np.zeros((1, 1, 4096, 4096), jnp.bfloat16)
+    bias, of_heads = np.zeros((1, 1, 4096, 4096), jnp.bfloat16), np.ones(_HEADS, np.float32)
     return {"-".join(map(str, key)): x for key, x in found.items()} | {
-        "window-64": (64, 64, 4096, window),
-        "window-128": (128, 128, 4096, window),
-        "tail-64": (64, 64, 4095, _OF_MASK["band"]),
-        "tail-128": (128, 128, 4095, {}),
-        "head-dim-72": (72, 72, 4095, _OF_MASK["band"]),
-        "head-dim-80": (80, 80, 4096, {}),
-        "head-dim-136": (136, 136, 4096, {}),
-        "value-dim-128": (192, 128, 4096, _OF_MASK["band"]),
-        "alibi-128": (128, 128, 4096, {"is_causal": True, "alibi_slopes": np.ones(4, np.float32)}),
-        "sinks-128": (128, 128, 4096, {"is_causal": True, "sinks": np.ones(4, np.float32)}),
-        "bias-128": (128, 128, 4096, {"bias": bias}),
-        "mask-128": (128, 128, 4096, {"mask": bias == 0}),
+        "window-64": _Forward(64, 64, 4096, window, has_parts=True),
+        "window-128": _Forward(128, 128, 4096, window),
+        "tail-64": _Forward(64, 64, 4095, _OF_MASK["band"], has_parts=True),
+        "tail-128": _Forward(128, 128, 4095, {}),
+        "head-dim-72": _Forward(72, 72, 4095, _OF_MASK["band"]),
+        "head-dim-80": _Forward(80, 80, 4096, {}),
+        "head-dim-136": _Forward(136, 136, 4096, {}),
+        "value-dim-128": _Forward(192, 128, 4096, _OF_MASK["band"]),
+        "alibi-128": _Forward(128, 128, 4096, {"is_causal": True, "alibi_slopes": of_heads}),
+        "sinks-128": _Forward(128, 128, 4096, {"is_causal": True, "sinks": of_heads}),
+        "bias-128": _Forward(128, 128, 4096, {"bias": bias}),
+        "mask-128": _Forward(128, 128, 4096, {"mask": bias == 0}),
     }
 
 
@@ -94,7 +106,8 @@ _ARRAYS = ("bias", "mask", "sinks", "alibi_slopes", "query_segment_ids", "key_va
 @needs_compiler
 @pytest.mark.parametrize("name", FORWARDS)
 def test_hopper_forward_compiles_without_spills(name: str) -> None:
-    head_dim, value_dim, length, options = FORWARDS[name]
+    """But for a few numbers that are stored and loaded once a tile, before and after its visits."""
+    head_dim, value_dim, length, options, has_parts = FORWARDS[name]
     # As arguments: XLA would fold the map of a constant mask, for a minute.
     given = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in options.items() if n in _ARRAYS}
     static = {n: x for n, x in options.items() if n not in _ARRAYS}
@@ -103,12 +116,26 @@ def test_hopper_forward_compiles_without_spills(name: str) -> None:
         by_name = dict(zip(given, arrays, strict=True))
         return jaxflash.dot_product_attention(q, k, v, **static, **by_name, implementation="hopper")
 
-    q, v = (_bf16(1, length, 4, columns) for columns in (head_dim, value_dim))
+    q, v = (_bf16(_BATCH, length, _HEADS, columns) for columns in (head_dim, value_dim))
     (kernel,) = aot.compile_for(fn, q, q, v, *given.values(), gpu="h100").kernels
     assert kernel.name == "forward_kernel"
     # With JAX 0.10.2 the producer spills addresses where it has values to clean.
     cleans = name.startswith(("data", "mask")) and jax.__version_info__ < (0, 11)
-    _assert_fast(kernel, spilled=80 if cleans else 0)
+    once = 24 if has_parts else 8 if name.startswith(("data-256", "bias")) else 0
+    _assert_fast(kernel, spilled=80 if cleans else once)
+
+
+@needs_compiler
+@pytest.mark.parametrize("mask", ["full", "band"])
+@pytest.mark.parametrize(("head_dim", "length"), [(64, 512), (64, 1024), (128, 512), (128, 1024)])
+def test_hopper_forward_of_few_tiles_compiles_without_spills(
+    mask: str, head_dim: int, length: int
+) -> None:
+    fn = functools.partial(
+        jaxflash.dot_product_attention, **_OF_MASK[mask], implementation="hopper"
+    )
+    (kernel,) = aot.compile_for(fn, *(_bf16(1, length, 16, head_dim),) * 3, gpu="h100").kernels
+    _assert_fast(kernel)
 
 
 @needs_compiler

@@ -211,7 +211,8 @@ def test_out_and_lse(backend: Any, case: str) -> None:
     [
         hopper.Config(block_kv=192),
         hopper.Config(consumers=3, block_kv=96),
-        hopper.Config(consumers=3, stages=3, ping_pong=True, overlaps=False),
+        hopper.Config(consumers=3, stages=3, ping_pong=True, overlaps=False, parts=2),
+        hopper.Config(block_kv=192, q_stages=1, overlaps=False, parts=3),
     ],
     ids=str,
 )

@@ -95,6 +95,8 @@ def test_sizes_that_no_tile_divides(T: int, S: int, H: int, Hv: int) -> None:
         (32, hopper.Config(block_kv=80, consumers=4, stages=3, q_stages=1)),
         (16, hopper.Config(block_kv=64, consumers=3, ping_pong=True, overlaps=False)),
         (32, hopper.Config(block_kv=144, consumers=2, q_stages=1, overlaps=False)),
+        (64, hopper.Config(block_kv=128, q_stages=1, overlaps=False, parts=2)),
+        (72, hopper.Config(block_kv=96, consumers=4, ping_pong=True, overlaps=False, parts=3)),
     ],
 )
 @pytest.mark.parametrize("options", [{}, {"is_causal": True, "query_offset": -70}])

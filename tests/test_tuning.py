@@ -31,18 +31,19 @@ def test_rows_are_the_fastest_of_those_measured_and_fit(row: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize(
-    ("options", "mask"),
+    ("options", "mask", "length"),
     [
-        ({}, "full"),
-        ({"is_causal": True}, "band"),
-        ({"local_window_size": 8}, "band"),
-        ({"is_causal": True, "logits_soft_cap": 5.0}, "modified"),
-        ({"dropout_rate": 0.5, "dropout_key": jax.random.key(0)}, "modified"),
-        ({"mask": jnp.ones((1, 1, 64, 64), bool)}, "data"),
+        ({}, "full", 64),
+        ({"is_causal": True}, "band", 64),
+        ({"local_window_size": 8}, "band", 34),
+        ({"is_causal": True, "local_window_size": (40, 0)}, "band", 64),
+        ({"is_causal": True, "logits_soft_cap": 5.0}, "modified", 64),
+        ({"dropout_rate": 0.5, "dropout_key": jax.random.key(0)}, "modified", 64),
+        ({"mask": jnp.ones((1, 1, 64, 64), bool)}, "data", 64),
     ],
 )
-def test_kind_of_a_problem(options: dict[str, Any], mask: str) -> None:
-    assert tuning.Kind.of(_problem(64, 48, 56, **options)) == tuning.Kind(mask, 56, 64)
+def test_kind_of_a_problem(options: dict[str, Any], mask: str, length: int) -> None:
+    assert tuning.Kind.of(_problem(64, 48, 56, **options)) == tuning.Kind(mask, 56, length)
 
 
 def _row(mask: str, head_dim: int, length: int) -> hopper.Config:

@@ -29,7 +29,7 @@ class Kind:
 
     mask: str  # "modified", "data", "band" or "full"
     head_dim: int  # the larger of H and Hv
-    length: int  # of the keys
+    length: int  # of the keys; of a window, such that causal rows see as many
 
     @classmethod
     def of(cls, problem: spec.Problem) -> "Kind":
@@ -41,7 +41,8 @@ class Kind:
             "full": True,
         }
         mask = next(name for name, applies in by_mask.items() if applies)
-        return cls(mask, max(problem.H, problem.Hv), problem.S)
+        length = problem.band.causal_keys(problem.S)
+        return cls(mask, max(problem.H, problem.Hv), length)
 
 
 def hopper_forward(problem: spec.Problem, operands: spec.Operands) -> tuple[jax.Array, jax.Array]:
@@ -89,8 +90,8 @@ def _for_few_tiles(problem: spec.Problem, kind: Kind, config: hopper.Config) -> 
     if few == config.consumers:
         return config
     found = dataclasses.replace(hopper.Config.default(problem), consumers=few, ping_pong=few > 1)
-    if few == 1 and 64 < kind.head_dim <= 128:
-        return dataclasses.replace(found, block_kv=64, stages=4)
+    if kind.head_dim <= 64 or (few == 1 and kind.head_dim <= 128):
+        return dataclasses.replace(found, overlaps=False, parts=2 * few)
     return found
 
 

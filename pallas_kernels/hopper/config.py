@@ -18,7 +18,7 @@ REGISTERS = {
 }
 _SMEM_BYTES = 227 * 1024
 _SMEM_REST = 2304  # numbers and barriers
-_FEW_KEYS, _FEW_KEYS_OF_BAND = 1024, 4096  # of 8 bits, for which two consumers are faster
+_FEW_KEYS, _FEW_KEYS_OF_BAND = 1024, 2048  # of 8 bits, for which two consumers are faster
 _ALIGNMENT = 1024  # of buffers; where rows are few, a piece of Q may end before a multiple of it
 _SMEM_SCALES = 2048  # of elements or pages of 8 bits
 
@@ -45,6 +45,7 @@ class Config:
     late_wait: bool = False  # keep O += P V running during the exponentials
     ping_pong: bool = False  # consumers start their products in turns
     overlaps: bool = True  # O += P V of a visit runs while S of the next one becomes P
+    parts: int = 1  # of a visit's keys, if not: O += P V of one runs while S of the next becomes P
     rows: int = ROWS  # of queries, of a consumer
     turned: bool = False  # it computes S^T and O^T, whose columns may be fewer than 64
 
@@ -60,12 +61,19 @@ class Config:
             raise ValueError(f"rows must be a multiple of {multiple} up to {ROWS}; got {self}")
         if self.turned and (self.block_kv % ROWS or self.consumers > 1):
             raise ValueError(f"one consumer takes {ROWS} turned keys at a time; got {self}")
+        if self.parts > 1 and (self.overlaps or self.turned or self.block_kv % (self.parts * 32)):
+            raise ValueError(f"parts are multiples of 32 keys of visits one by one; got {self}")
         if self.stages < 2 or self.q_stages not in (1, 2):
             raise ValueError(f"needs stages >= 2 and 1 or 2 q_stages; got {self}")
 
     @property
     def block_q(self) -> int:
         return self.consumers * self.rows
+
+    @property
+    def part(self) -> int:
+        """Keys in a part."""
+        return self.block_kv // self.parts
 
     @property
     def scratch_bytes(self) -> int:
@@ -85,12 +93,11 @@ class Config:
             if wide > 128:
                 return cls(q_stages=1)
             is_plain = not (modifies(problem) or problem.dropout_rate or problem.masks_by_data)
-            if wide <= 64 and is_plain:
-                return cls(consumers=3, stages=4)
             # Few tiles, or those that a band's edge crosses, had better be small.
             few_keys = _FEW_KEYS if problem.band.is_unbounded else _FEW_KEYS_OF_BAND
-            if is_plain and few_keys < problem.S:
-                return cls(consumers=3, stages=3, ping_pong=True, overlaps=False)
+            if is_plain and (wide <= 64 or few_keys < problem.band.causal_keys(problem.S)):
+                stages = 4 if wide <= 64 else 3
+                return cls(consumers=3, stages=stages, ping_pong=True, overlaps=False, parts=2)
             return cls(stages=4)
         if wide > 128:
             large = cls(q_stages=1)
@@ -101,11 +108,11 @@ class Config:
     def values(self, Hv: int, sizes: Sizes) -> mosaic.Form:
         """Of a tile of V; with all elements of 8 bits it is turned."""
         if sizes.of_query == 1:
-            width = math.gcd(self.block_kv, 128)
+            width = math.gcd(self.part, 128)
             return mosaic.Form.in_strips(Hv, 0, width, self.block_kv // width)
         if sizes.of_key == 1:
             return mosaic.Form.of(self.block_kv, Hv, itemsize=1)
-        return mosaic.Form.in_one_piece(self.block_kv, Hv)
+        return mosaic.Form.in_one_piece(self.block_kv, Hv, self.part)
 
     def smem_bytes(self, H: int, Hv: int, staged: int, sizes: Sizes) -> int:
         """Of rings, and of staging for so many columns of O, which have 16 bits."""

@@ -89,7 +89,7 @@ def consume(k: Forward) -> None:
     rounds = (consume_overlapped if k.config.overlaps else consume_apart)(c)
     mosaic.barrier_arrive(k.refs.q_free.at[lax.rem(rounds, k.config.q_stages)])
     pl.when(c.me == 0)(lambda: wait_turn(c))
-    mosaic.wait_smem_to_gmem(0)
+    mosaic.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def consume_overlapped(c: Consumer) -> Any:
@@ -139,7 +139,8 @@ def visits_apart(c: Consumer, work: Work, round_: Any, step: Any) -> tuple[Stats
     """All visits of a tile of queries, those that need a mask first; the statistics, O, the step.
 
     In turns, a consumer computes its scores before the next one begins: they are ready one by one,
-    and so are the exponentials.
+    and so are the exponentials. O += P V of a part of the keys runs while that of the next part is
+    computed.
     """
     k, r = c.k, c.k.refs
     walk, q_stage = k.walk(work), lax.rem(round_, k.config.q_stages)
@@ -155,12 +156,17 @@ def visits_apart(c: Consumer, work: Work, round_: Any, step: Any) -> tuple[Stats
             s = mosaic.settle(start_scores(c, q_stage, step + j))
             pass_turn(c)
             mosaic.barrier_arrive(r.k_free.at[stage])
-            stats, decay, p = visit.softmax(stats, s, raised)
-            p = k.orientation.given(p, step + j)
+            scores = visit.scores(stats, s, raised)
+            o, sums = k.decayed(o, scores.decay), scores.decayed_sums()
             mosaic.barrier_wait(r.v_full.at[stage])
-            o = settled(start_outputs(c, step + j, Carry(stats, p, k.decayed(o, decay))))
+            for part in range(k.config.parts):
+                p, sums = scores.probabilities(sums, part)
+                p = k.orientation.given(p, step + j)
+                v = k.orientation.values(r.v_smem.at(stage), part)
+                o = k.orientation.start_outputs(p, step + j, v, o)
+            o = settled(o)
             mosaic.barrier_arrive(r.v_free.at[stage])
-            return stats, o
+            return Stats(scores.m, sums), o
 
         return one
 
@@ -169,21 +175,18 @@ def visits_apart(c: Consumer, work: Work, round_: Any, step: Any) -> tuple[Stats
     return stats, o, step + mosaic.opaque(walk.count)
 
 
-def begin(c: Consumer, work: Work, round_: Any, step: Any, exists: Any = True) -> Carry:
-    """The first visit of a tile of queries, alone.
-
-    If there is no such tile, S is computed of what lies in shared memory, to be thrown away.
-    """
+def begin(c: Consumer, work: Work, round_: Any, step: Any) -> Carry:
+    """The first visit of a tile of queries, alone."""
     k, r = c.k, c.k.refs
     stage = lax.rem(step, k.config.stages)
     visit = c.visit(work, 0, k.masks)
-    pl.when(exists)(lambda: mosaic.barrier_wait(r.k_full.at[stage]))
+    mosaic.barrier_wait(r.k_full.at[stage])
     q_stage = lax.rem(round_, k.config.q_stages)
     raised = c.raised(q_stage, stage)
     s = mosaic.settle(start_scores(c, q_stage, step))
-    pl.when(exists)(lambda: mosaic.barrier_arrive(r.k_free.at[stage]))
+    mosaic.barrier_arrive(r.k_free.at[stage])
     stats, _, p = visit.softmax(Stats.start(k), s, raised)
-    wait_early(k, exists & (k.walk(work).count > 1), step + 1)
+    wait_early(k, k.walk(work).count > 1, step + 1)
     return Carry(stats, k.orientation.given(p, step), k.orientation.no_outputs())
 
 
@@ -222,44 +225,66 @@ def visit_rest(c: Consumer, work: Work, round_: Any, step: Any, carry: Carry) ->
 def turn_overlapped(
     c: Consumer, work: Work, round_: Any, step: Any, carry: Carry
 ) -> tuple[Any, Carry]:
-    """The last O += P V of a tile, with the first visit of the next one, of round ``round_``."""
-    k, r = c.k, c.k.refs
-    stage, before = (lax.rem(i, k.config.stages) for i in (step, step - 1))
+    """From a tile to the next one, if there is one, of round ``round_``."""
     factor = finish(c, work, carry.stats)
-    tile, following = next_tile(k, round_)
-    exists = tile < k.schedule.tiles
-    pl.when(exists)(lambda: mosaic.barrier_wait(r.k_full.at[stage]))
-    mosaic.barrier_wait(r.v_full.at[before])
-    q_stage = lax.rem(round_, k.config.q_stages)
-    raised = c.raised(q_stage, stage)
-    s, o = start_products(c, q_stage, step, carry)
-    pl.when(exists)(lambda: mosaic.barrier_arrive(r.k_free.at[stage]))
-    stats, _, p = c.visit(following, 0, k.masks).softmax(Stats.start(k), s, raised)
-    stats, p = lax.optimization_barrier((stats, p))
-    wait_early(k, exists & (k.walk(following).count > 1), step + 1)
-    o = settled(o)
-    p = lax.optimization_barrier(k.orientation.given(p, step))  # frees registers
-    mosaic.barrier_arrive(r.v_free.at[before])
-    store(c, work, o, factor)
-    return tile, Carry(stats, p, k.orientation.no_outputs())
+    tile, following = next_tile(c.k, round_)
+    carry = lax.cond(
+        tile < c.k.schedule.tiles,
+        lambda: end_and_begin(c, work, factor, following, round_, step, carry),
+        lambda: end(c, work, step, carry, factor),
+    )
+    return tile, carry
 
 
 def turn_apart(c: Consumer, work: Work, round_: Any, step: Any, carry: Carry) -> tuple[Any, Carry]:
     """The same where the next Q comes into the place of this one: one product after the other."""
-    end(c, work, step, carry)
+    carry = end(c, work, step, carry)
     tile, following = next_tile(c.k, round_)
-    return tile, begin(c, following, round_, step, tile < c.k.schedule.tiles)
+    carry = lax.cond(
+        tile < c.k.schedule.tiles, lambda: begin(c, following, round_, step), lambda: carry
+    )
+    return tile, carry
 
 
-def end(c: Consumer, work: Work, step: Any, carry: Carry) -> None:
-    """The last O += P V of a tile, alone."""
+def end_and_begin(
+    c: Consumer,
+    work: Work,
+    factor: jax.Array,  # of `finish`
+    following: Work,
+    round_: Any,
+    step: Any,
+    carry: Carry,
+) -> Carry:
+    """The last O += P V of a tile, with the first visit of the following one."""
+    k, r = c.k, c.k.refs
+    stage, before = (lax.rem(i, k.config.stages) for i in (step, step - 1))
+    mosaic.barrier_wait(r.k_full.at[stage])
+    mosaic.barrier_wait(r.v_full.at[before])
+    q_stage = lax.rem(round_, k.config.q_stages)
+    raised = c.raised(q_stage, stage)
+    s, o = start_products(c, q_stage, step, carry)
+    mosaic.barrier_arrive(r.k_free.at[stage])
+    stats, _, p = c.visit(following, 0, k.masks).softmax(Stats.start(k), s, raised)
+    stats, p = lax.optimization_barrier((stats, p))
+    wait_early(k, k.walk(following).count > 1, step + 1)
+    o = settled(o)
+    p = lax.optimization_barrier(k.orientation.given(p, step))  # frees registers
+    mosaic.barrier_arrive(r.v_free.at[before])
+    store(c, work, o, factor)
+    return Carry(stats, p, k.orientation.no_outputs())
+
+
+def end(c: Consumer, work: Work, step: Any, carry: Carry, factor: jax.Array | None = None) -> Carry:
+    """The last O += P V of a tile, alone; returns what O is then. ``factor``: of `finish`."""
     r, before = c.k.refs, lax.rem(step - 1, c.k.config.stages)
     mosaic.barrier_wait(r.v_full.at[before])
     o = start_outputs(c, step - 1, carry)
-    factor = finish(c, work, carry.stats)
+    if factor is None:
+        factor = finish(c, work, carry.stats)
     o = settled(o)
     mosaic.barrier_arrive(r.v_free.at[before])
     store(c, work, o, factor)
+    return carry._replace(o=o)
 
 
 def start_products(

@@ -342,6 +342,14 @@ class Forward(Kernel):
         p, can_be = self.problem, self.refs.scales is None and not self.config.turned
         return p.Hv > _MANY and can_be and not p.masks_by_data
 
+    @property
+    def adds_late(self) -> bool:
+        """Whether each thread adds up what it has of a row's probabilities, until the tile is done.
+
+        It saves exchanges between threads, and takes two registers.
+        """
+        return self.is_patient or self.config.parts > 1
+
     def larger(self, m: jax.Array, candidate: jax.Array) -> jax.Array:
         """What probabilities are relative to, from what they were and what is the largest now."""
         if self.is_patient:

@@ -14,6 +14,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 
@@ -118,7 +119,12 @@ class Orientation(abc.ABC):
     def start_outputs(
         self, p: Any, step: Any, v: mosaic.Matrix, o: tuple[jax.Array, ...]
     ) -> tuple[jax.Array, ...]:
-        """Starts O += P V of a visit, with what `given` returned."""
+        """Starts O += P V of a visit, or of a part of it, with what `given` returned."""
+
+    def values(self, v: mosaic.Matrix, part: int) -> mosaic.Matrix:
+        """Those of a part of a visit's keys, see `Config.parts`."""
+        assert self.k.config.parts == 1
+        return v
 
     @abc.abstractmethod
     def output_part(self, piece: jax.Array, start: int, width: int) -> jax.Array:
@@ -138,19 +144,22 @@ class Rows(Orientation):
         return mosaic.fold_parts(s, parts, combine)
 
     def no_sums(self) -> jax.Array:
+        if self.k.adds_late:
+            return mosaic.full((self.k.config.rows, mosaic.FOLDED), 0, jnp.float32)
         return self.vector(0)
 
     def sums(self, p: jax.Array, weights: Numbers) -> jax.Array:
-        p = self.folded(p, len(weights), jnp.add)
-        if len(weights) == 1:
+        if len(weights) == 1 and not self.k.adds_late:
             return jnp.sum(p, axis=1) * weights[0]
-        return jnp.sum(p * self.over(weights, p.shape), axis=1)
+        p = self.folded(p, len(weights), jnp.add)
+        p = p * self.over(weights, p.shape)
+        return self.folded(p, 1, jnp.add) if self.k.adds_late else jnp.sum(p, axis=1)
 
     def decayed_sums(self, sums: jax.Array, decay: jax.Array) -> jax.Array:
-        return sums * decay
+        return sums * (self.spread(decay, sums.shape) if self.k.adds_late else decay)
 
     def totals(self, sums: jax.Array) -> jax.Array:
-        return sums
+        return jnp.sum(sums, axis=1) if self.k.adds_late else sums
 
     def start_scores(self, q: mosaic.Matrix, k: mosaic.Matrix) -> jax.Array:
         return mosaic.start(q, k, transpose_b=True)
@@ -165,6 +174,14 @@ class Rows(Orientation):
         self, p: Any, step: Any, v: mosaic.Matrix, o: tuple[jax.Array, ...]
     ) -> tuple[jax.Array, ...]:
         return mosaic.start_columns(p, v, o, transpose=self.k.problem.operands.is_quantized)
+
+    def values(self, v: mosaic.Matrix, part: int) -> mosaic.Matrix:
+        c = self.k.config
+        if c.parts == 1:
+            return v
+        if self.k.problem.operands.is_quantized:
+            return v.share(part, c.parts)
+        return v.rows(pl.ds(part * c.part, c.part))
 
     def output_part(self, piece: jax.Array, start: int, width: int) -> jax.Array:
         return piece[:, start : start + width]

@@ -126,7 +126,7 @@ def quantize(
             out = values.at[batch, rows, head, tokens] if turned else values.at[batch, rows, head]
             for view, column, _ in out_smem.at(i).strips():
                 mosaic.copy_out(view, out, column)
-        mosaic.wait_smem_to_gmem(0)
+        mosaic.wait_smem_to_gmem(0, wait_read_only=True)
 
     call = mosaic.kernel(
         quantize_kernel,

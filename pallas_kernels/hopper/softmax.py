@@ -74,6 +74,12 @@ class Visit(NamedTuple):
         self, stats: Stats, s: jax.Array, raised: Raised | None = None
     ) -> tuple[Stats, jax.Array, jax.Array]:
         """Takes scores into the statistics; returns the decay of what came before, and P."""
+        scores = self.scores(stats, s, raised)
+        p, sums = scores.probabilities(scores.decayed_sums())
+        return Stats(scores.m, sums), scores.decay, p
+
+    def scores(self, stats: Stats, s: jax.Array, raised: Raised | None = None) -> "Scores":
+        """What there is before the exponentials."""
         k, units = self.k, (self.k.unit * LOG2_E,)
         assert isinstance(k, Forward)
         side = k.orientation
@@ -88,23 +94,19 @@ class Visit(NamedTuple):
             found = side.row_max(s, units, None)
         m = k.larger(stats.m, found)
         base = jnp.where(m == -math.inf, 0.0, m) if self.masked or k.modifies else m
-        decay = jnp.exp2(stats.m - base)
-        lowered = side.spread(base, s.shape)
-        if raised is not None:
-            lowered = lowered - side.over(raised.shift, s.shape)
-        p = jnp.exp2(s * side.over(units, s.shape) - lowered)
-        weights = (1.0,) if raised is None else tuple(jnp.exp2(-x) for x in raised.shift)
-        stats = Stats(m, side.decayed_sums(stats.l, decay) + side.sums(p, weights))
-        return stats, decay, self.kept(self.signed(p))
+        return Scores(k, self, s, units, raised, m, base, jnp.exp2(stats.m - base), stats.l)
 
-    def signed(self, p: jax.Array) -> jax.Array:
-        """Probabilities, negative where dropout drops them: the mask needs no registers."""
+    def signed(self, p: jax.Array, keys: slice = slice(None)) -> jax.Array:
+        """Probabilities, negative where dropout drops them: the mask needs no registers.
+
+        They may be those of some keys.
+        """
         if self.k.problem.dropout_rate == 0:
             return p
         assert self.tile is not None
         seed = self.k.refs.x.dropout_seed
         keep = spec.dropout.keep(self.k.problem, self.tile, (seed[0], seed[1]))
-        return jnp.where(keep, p, -p)
+        return jnp.where(keep[:, keys], p, -p)
 
     def kept(self, p: jax.Array) -> jax.Array:
         """What dropout makes of `signed` probabilities."""
@@ -141,3 +143,41 @@ class Visit(NamedTuple):
             span = span._replace(key0=mosaic.opaque(span.key0))
         allowed = tiles.allowed(self.k.problem, self.tile, span)
         return s if allowed is None else jnp.where(allowed, s, -math.inf)
+
+
+class Scores(NamedTuple):
+    """Of a visit, beside what the statistics of its rows are now."""
+
+    k: Forward
+    visit: Visit
+    s: jax.Array  # logits in multiples of ``k.unit``
+    units: tuple[Any, ...]  # by which they are multiplied in each part that has scales
+    raised: Raised | None
+    m: jax.Array  # see `Stats`
+    base: jax.Array  # the same, or 0 of rows that have seen nothing
+    decay: jax.Array  # of what came before
+    before: jax.Array  # sums, see `Stats`
+
+    def decayed_sums(self) -> jax.Array:
+        return self.k.orientation.decayed_sums(self.before, self.decay)
+
+    def probabilities(self, sums: jax.Array, part: int = 0) -> tuple[jax.Array, jax.Array]:
+        """Those of a part of the keys, see `Config.parts`, and the sums with them."""
+        c, side, raised = self.k.config, self.k.orientation, self.raised
+        start, stop = part * c.part, (part + 1) * c.part
+
+        def of_part(numbers: tuple[Any, ...]) -> tuple[Any, ...]:
+            each = c.block_kv // len(numbers)
+            return numbers[start // each : -(-stop // each)]
+
+        keys = slice(None) if c.parts == 1 else slice(start, stop)
+        s = self.s[:, keys]
+        lowered = side.spread(self.base, s.shape)
+        weights: tuple[Any, ...] = (1.0,)
+        if raised is not None:
+            shift = of_part(raised.shift)
+            lowered = lowered - side.over(shift, s.shape)
+            weights = tuple(jnp.exp2(-x) for x in shift)
+        p = jnp.exp2(s * side.over(of_part(self.units), s.shape) - lowered)
+        sums = sums + side.sums(p, weights)
+        return self.visit.kept(self.visit.signed(p, keys)), sums

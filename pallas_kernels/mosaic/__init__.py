@@ -59,6 +59,7 @@ from pallas_kernels.mosaic.sums import (
     stage,
 )
 from pallas_kernels.mosaic.values import (
+    FOLDED,
     fold_parts,
     full,
     iota,
@@ -83,6 +84,7 @@ from pallas_kernels.mosaic.widen import (
 )
 
 __all__ = [
+    "FOLDED",
     "PART_WIDTH",
     "SMEM",
     "WIDENED_COLUMNS",

@@ -85,16 +85,16 @@ class Form(NamedTuple):
         return cls(tuple(found), columns, itemsize)
 
     @classmethod
-    def in_one_piece(cls, rows: int, columns: int) -> Form:
-        """In strips of the same width, if they come out even.
+    def in_one_piece(cls, rows: int, columns: int, part: int) -> Form:
+        """In strips of the same width, if they come out even, for products with ``part`` rows.
 
         A product with such a right operand gives all columns at once, which is faster.
         """
         # A product takes as many columns of its left operand at a time: they divide the rows.
         widest, *_, narrowest = _widths(_HALF)
         if columns % narrowest:
-            return cls.of(rows, columns, dividing=rows)
-        width = math.gcd(columns, rows, widest)
+            return cls.of(rows, columns, dividing=part)
+        width = math.gcd(columns, part, widest)
         return cls((Piece(columns // width, rows, width),), columns)
 
     @classmethod
@@ -157,6 +157,12 @@ class Matrix(NamedTuple):
     def rows(self, rows: Any) -> Matrix:
         """Some rows of one matrix, for products: a slice by multiples of 8."""
         return Matrix(tuple(View(v.copied, v.tiled.at[:, rows]) for v in self.views))
+
+    def share(self, number: Any, shares: int) -> Matrix:
+        """One of so many shares of the strips of one matrix, which is in one piece."""
+        (view,) = self.views
+        count = view.tiled.shape[0] // shares
+        return Matrix((view.at(pl.ds(number * count, count)),))
 
     def strips(self) -> Iterator[tuple[View, int, int]]:
         """Each strip of one matrix, its first column and its width."""

@@ -18,7 +18,7 @@ from pallas_kernels.mosaic import interpreter
 from pallas_kernels.mosaic.dialects import arith, llvm, vector
 from pallas_kernels.mosaic.memory import Ref, layout_cast, load
 
-_COLUMNS_OF_TILE = 8  # of a matrix: a thread has two of them
+FOLDED = _COLUMNS_OF_TILE = 8  # of a matrix: a thread has two of them
 _ROWS_OF_TILE, _ROWS_OF_WARP = 64, 16
 _ROWS, _COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
@@ -220,23 +220,21 @@ def _of_warp(numbers: list[Any], row: int, width: int) -> Any:
 
 
 def fold_parts(x: jax.Array, parts: int, combine: Any) -> jax.Array:
-    """A matrix of float32 whose parts are folded to eight columns each: its maxima, or its sums.
+    """A matrix of float32 whose parts are folded to `FOLDED` columns each: its maxima, or its sums.
 
-    A thread combines what it has. One part is left as it is.
+    A thread combines what it has.
     """
-    if parts == 1:
-        return x
     rows, columns = x.shape
-    shape = rows, parts * _COLUMNS_OF_TILE
+    shape = rows, parts * FOLDED
     if interpreter.is_interpreting():
-        tiles = jnp.moveaxis(x.reshape(rows, parts, -1, _COLUMNS_OF_TILE), 2, 0)
+        tiles = jnp.moveaxis(x.reshape(rows, parts, -1, FOLDED), 2, 0)
         return functools.reduce(combine, tiles).reshape(shape)
     operation = {jnp.maximum: arith.maximumf, jnp.add: arith.addf}[combine]
     result = plgpu.ShapeDtypeStruct(shape, jnp.float32, plgpu.Layout.WGMMA)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=result)
     def run(_: Any, x: Any) -> Any:
-        each = columns // _COLUMNS_OF_TILE // parts
+        each = columns // FOLDED // parts
         registers = np.empty(fa.WGMMA_LAYOUT.registers_shape(shape), dtype=object)
         for at in np.ndindex(registers.shape):
             row, part, *rest = at
