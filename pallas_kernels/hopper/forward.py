@@ -6,7 +6,8 @@ each visit to a tile of keys a consumer starts the product S = Q K^T, then O += 
 before, and turns S into P while the latter still runs. The grid is persistent: a block that is done
 with a tile of queries takes the next one. The overlap does not stop there: the last product of a
 tile runs with the first of the next. Where products are short, as of 8 bits, the registers that
-this takes are better spent on a third consumer: each then has one product after the other.
+this takes are better spent on a third consumer: each then has one product after the other, and
+starts O += P V of a part of the keys while P of the next part is computed.
 
 Shared memory of a block:
 
