@@ -425,5 +425,7 @@ def test_config_refuses() -> None:
         hopper.Config(consumers=5)
     with pytest.raises(ValueError, match="block_kv must be a multiple of 16 from 64 to 256"):
         hopper.Config(block_kv=32)
+    with pytest.raises(ValueError, match="parts are multiples of 32 keys of visits one by one"):
+        hopper.Config(block_kv=96, overlaps=False, parts=2)
     with pytest.raises(ValueError, match="needs stages >= 2 and 1 or 2 q_stages"):
         hopper.Config(stages=1)

@@ -80,7 +80,10 @@ def test_allowed_and_its_transpose(band: spec.Band, offset: int) -> None:
 
 @given(bands(), st.integers(0, 25), st.integers(0, 25))
 def test_area(band: spec.Band, rows: int, keys: int) -> None:
-    assert band.area(rows, keys) == dense(band, range(rows), keys).sum()
+    of_rows = dense(band, range(rows), keys).sum(axis=1)
+    assert band.area(rows, keys) == of_rows.sum()
+    assert max(of_rows, default=0) <= band.most_keys(keys) <= keys
+    assert band.most_keys(keys) <= band.causal_keys(keys) <= keys
 
 
 @given(st.booleans(), st.none() | st.tuples(st.integers(0, 9), st.integers(0, 9)))

@@ -130,9 +130,8 @@ def start_dv(c: Consumer, step: Any, carry: Carry) -> jax.Array:
 
 def columns(c: Consumer, matrix: mosaic.Matrix) -> mosaic.Ref:
     """This consumer's strips of a matrix."""
-    (view,) = matrix.views
-    count = view.tiled.shape[0] // CONSUMERS
-    return view.tiled.at[pl.ds(c.me * count, count)]
+    (view,) = matrix.share(c.me, CONSUMERS).views
+    return view.tiled
 
 
 def add_share(c: Consumer, work: KeyWork, here: Here, units: Any, dq: jax.Array) -> None:
