@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-import jaxflash
 from bench import cli, decode, results, seed
 from bench.models.config import MODELS, Config
 from bench.models.generate import Caches, Model, contiguous_caches, random_model, structure_of
@@ -120,13 +119,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def decoding(model: Model, p: Problem) -> float:
     """Tokens a second, up to the context: the median of some runs."""
-    held = jnp.full(1, p.context - _STEPS, jnp.int32)
-    caches = _filled(p, p.context - _STEPS)
+    caches = _filled(p)
     logits = jnp.zeros((1, p.config.vocabulary), jnp.float32)
     seconds = []
     for _ in range(1 + _RUNS):  # the first compiles
-        caches = tuple(dataclasses.replace(cache, lengths=held + 0) for cache in caches)
-        jax.block_until_ready(caches)
+        caches = jax.block_until_ready(_holding(caches, p.context - _STEPS))
         start = time.perf_counter()
         tokens, logits, caches = jax.block_until_ready(
             decode_steps(*model, caches, logits, jax.random.key(0), _STEPS)
@@ -150,8 +147,8 @@ def prefilling(model: Model, p: Problem) -> float:
     return p.context / seconds
 
 
-def _filled(p: Problem, held: int) -> Caches:
-    """Caches that hold random tokens: what decoding costs does not depend on them."""
+def _filled(p: Problem) -> Caches:
+    """Caches of random tokens, on which what decoding costs does not depend; none counts yet."""
 
     def fill(cache: Any, seed: int) -> Any:
         keys = jax.random.split(jax.random.key(seed, impl="rbg"))
@@ -159,10 +156,15 @@ def _filled(p: Problem, held: int) -> Caches:
             jax.random.normal(k, x.shape, x.dtype)
             for k, x in zip(keys, (cache.key, cache.value), strict=True)
         )
-        return jaxflash.KVCache(key, value, jnp.full(1, held, jnp.int32))
+        return dataclasses.replace(cache, key=key, value=value)
 
     empty = contiguous_caches(p.config, 1, p.context)
     return tuple(jax.jit(fill)(cache, i) for i, cache in enumerate(empty))
+
+
+def _holding(caches: Caches, tokens: int) -> Caches:
+    """The same, of which so many tokens count: arrays of their own, since they are donated."""
+    return tuple(dataclasses.replace(x, lengths=jnp.full(1, tokens, jnp.int32)) for x in caches)
 
 
 def _line(

@@ -182,7 +182,7 @@ def backward(
     p, c, forms = problem, plan.config, plan.forms
     needs_map = block_map.needs_map(p)
     found = block_map.by_key(p, operands, c.block_q, c.block_kv) if needs_map else None
-    delta, stats, empty = of_rows(p, c, plan.q_blocks, operands, out, lse, dout, dlse)
+    delta, stats, empty, units = of_rows(p, c, plan.q_blocks, operands, out, lse, dout, dlse)
     x = tiles.prepare(p, operands, plan.rows, plan.keys, turned=True)
     q, k, v = forms.q.array(x.query), forms.k.array(x.key), forms.v.array(x.value)
     x = x._replace(query=q, key=k, value=v)
@@ -196,11 +196,7 @@ def backward(
     dbias = mosaic.matrices(rest.pop(0)) if stores_bias(p) else None
     if "bias" in sums:
         dbias = sums["bias"].total()
-    if rounds_dq(p, c):
-        dq = rest.pop()
-    else:
-        units = lax.bitcast_convert_type(stats[..., 2 * c.block_q :], jnp.float32)
-        dq = _from_strips(sums["query"], p.dtype, p.scale, units if p.deterministic else None)
+    dq = rest.pop() if rounds_dq(p, c) else _from_strips(sums["query"], p.dtype, p.scale, units)
     of_keys = jnp.sum(rest[0], axis=1) if rest else ()
     by_name = dict(zip(key_sums(p), of_keys, strict=True))
     result = spec.Operands(

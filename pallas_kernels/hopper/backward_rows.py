@@ -22,8 +22,8 @@ def of_rows(
     lse: jax.Array,
     dout: jax.Array,
     dlse: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Delta, [B, T, N]; and, as `Refs` has them, the statistics and `empty`."""
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """Delta, [B, T, N]; as `Refs` has them, the statistics and `empty`; and units of integers."""
     by_tile = functools.partial(_by_tile, c, q_blocks)
     norms = _norms(dout) if p.deterministic else None
     # The barrier keeps XLA from sums within the transpose, which reads column by column.
@@ -37,9 +37,10 @@ def of_rows(
         is_number = jnp.isfinite(lse - delta) | empty
         norms = jnp.where(is_number, norms, math.nan)
         filled.append((_units(operands, delta, norms, p.dropout_rate), 0.0))
-    stats = lax.bitcast_convert_type(by_tile(*filled), jnp.int32)
+    stats = by_tile(*filled)
     flags = jnp.any(by_tile((empty, False)), axis=-1).astype(jnp.int32)
-    return delta, stats, flags
+    units = stats[..., 2 * c.block_q :] if p.deterministic else None
+    return delta, lax.bitcast_convert_type(stats, jnp.int32), flags, units
 
 
 def _units(

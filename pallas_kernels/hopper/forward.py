@@ -158,7 +158,7 @@ def visits_apart(c: Consumer, work: Work, round_: Any, step: Any) -> tuple[Stats
             pass_turn(c)
             mosaic.barrier_arrive(r.k_free.at[stage])
             scores = visit.scores(stats, s, raised)
-            o, sums = k.decayed(o, scores.decay), scores.decayed_sums()
+            o, sums = k.decayed(o, scores.decay), scores.sums
             mosaic.barrier_wait(r.v_full.at[stage])
             for part in range(k.config.parts):
                 p, sums = scores.probabilities(sums, part)

@@ -75,7 +75,7 @@ class Visit(NamedTuple):
     ) -> tuple[Stats, jax.Array, jax.Array]:
         """Takes scores into the statistics; returns the decay of what came before, and P."""
         scores = self.scores(stats, s, raised)
-        p, sums = scores.probabilities(scores.decayed_sums())
+        p, sums = scores.probabilities(scores.sums)
         return Stats(scores.m, sums), scores.decay, p
 
     def scores(self, stats: Stats, s: jax.Array, raised: Raised | None = None) -> "Scores":
@@ -94,7 +94,9 @@ class Visit(NamedTuple):
             found = side.row_max(s, units, None)
         m = k.larger(stats.m, found)
         base = jnp.where(m == -math.inf, 0.0, m) if self.masked or k.modifies else m
-        return Scores(k, self, s, units, raised, m, base, jnp.exp2(stats.m - base), stats.l)
+        decay = jnp.exp2(stats.m - base)
+        sums = side.decayed_sums(stats.l, decay)
+        return Scores(k, self, s, units, raised, m, base, decay, sums)
 
     def signed(self, p: jax.Array, keys: slice = slice(None)) -> jax.Array:
         """Probabilities, negative where dropout drops them: the mask needs no registers.
@@ -156,10 +158,7 @@ class Scores(NamedTuple):
     m: jax.Array  # see `Stats`
     base: jax.Array  # the same, or 0 of rows that have seen nothing
     decay: jax.Array  # of what came before
-    before: jax.Array  # sums, see `Stats`
-
-    def decayed_sums(self) -> jax.Array:
-        return self.k.orientation.decayed_sums(self.before, self.decay)
+    sums: jax.Array  # what came before, decayed; see `Stats`
 
     def probabilities(self, sums: jax.Array, part: int = 0) -> tuple[jax.Array, jax.Array]:
         """Those of a part of the keys, see `Config.parts`, and the sums with them."""
