@@ -119,6 +119,8 @@ class Config:
         stack = self.q_stages * self.consumers * sizes.of_query
         pieces = mosaic.Form.of(self.rows, H, itemsize=sizes.of_query).pieces
         queries = sum(-(-stack * math.prod(x) // _ALIGNMENT) * _ALIGNMENT for x in pieces)
+        if sizes.of_key < sizes.of_query:  # held as they are given, too
+            queries *= 2
         of_row = mosaic.Form.of(self.block_kv, H, itemsize=sizes.of_key).columns
         of_values = sum(map(math.prod, self.values(Hv, sizes).pieces))
         keys = sizes.of_key * self.stages * (self.block_kv * of_row + of_values)

@@ -102,8 +102,6 @@ def decode(
     else:
         sinks = packing.by_row(problem, operands.sinks)
         out, lse = packing.merge(out, lse, sinks)
-    if problem.operands.has_narrow_pages:
-        out = mosaic.from_widened_columns(out)
     out = packing.unpack(problem, out, problem.Hv).astype(problem.dtype)
     return out, packing.unpack(problem, lse, 1)[..., 0]
 

@@ -30,6 +30,7 @@ Each stage has a barrier that says it is full, and one that says every consumer 
 The producer's side is in `producer`, a visit's softmax in `softmax`; `launch` calls the kernel.
 """
 
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -42,6 +43,7 @@ from pallas_kernels.common.schedule import Work
 from pallas_kernels.hopper import tile as tiles
 from pallas_kernels.hopper.kernel import Forward, next_tile
 from pallas_kernels.hopper.softmax import Raised, Stats, Visit
+from pallas_kernels.spec.narrow import LEAST
 
 
 class Consumer(NamedTuple):
@@ -68,11 +70,12 @@ class Consumer(NamedTuple):
         r, parts = self.k.refs, range(self.k.scaled_parts)
         if not parts:
             return None
-        of_queries = 1.0 if self.k.widens else r.q_scale_smem[q_stage, self.me]
-        return Raised(
-            tuple(of_queries * r.kv_scale_smem[stage, i, 0] for i in parts),
-            tuple(r.kv_scale_smem[stage, i, 1] for i in parts),
-        )
+        of_keys, of_values = ([r.kv_scale_smem[stage, i, j] for i in parts] for j in range(2))
+        if self.k.widens:
+            scales, of_values = ([jnp.maximum(x, LEAST) for x in y] for y in (of_keys, of_values))
+            return Raised(tuple(scales), tuple(map(jnp.log2, of_values)))
+        of_queries = r.q_scale_smem[q_stage, self.me]
+        return Raised(tuple(of_queries * x for x in of_keys), tuple(of_values))
 
 
 class Carry(NamedTuple):
@@ -181,8 +184,12 @@ def begin(c: Consumer, work: Work, round_: Any, step: Any) -> Carry:
     k, r = c.k, c.k.refs
     stage = lax.rem(step, k.config.stages)
     visit = c.visit(work, 0, k.masks)
-    mosaic.barrier_wait(r.k_full.at[stage])
     q_stage = lax.rem(round_, k.config.q_stages)
+    if k.widens:
+        given, q_smem = (x.at(q_stage, c.me) for x in (r.q_given_smem, r.q_smem))
+        mosaic.store_for_widened_rows(given, q_smem)
+        mosaic.commit_smem()
+    mosaic.barrier_wait(r.k_full.at[stage])
     raised = c.raised(q_stage, stage)
     s = mosaic.settle(start_scores(c, q_stage, step))
     mosaic.barrier_arrive(r.k_free.at[stage])
@@ -354,24 +361,27 @@ def store(c: Consumer, work: Work, o: tuple[jax.Array, ...], factor: jax.Array) 
     """Stores a tile's rows of O, normalised."""
     k = c.k
     out_gmem = k.out(work, pl.ds(c.row0(work), k.config.rows))
-    places = [strip for strip, _, _ in k.refs.out_smem.at(c.me).strips()]
+    strips = list(k.refs.out_smem.at(c.me).strips())
+
+    def normalised(start: int, width: int) -> jax.Array:
+        part = columns(k, o, start, width)
+        spread = k.orientation.spread(factor, part.shape)
+        part = part * spread
+        if k.empties_rows:  # 0 NaN is NaN
+            part = jnp.where(spread > 0, part, 0.0)
+        return part.astype(k.problem.dtype)
+
     column = 0
     for group in k.forms.out.groups():
         mosaic.wait_smem_to_gmem(0, wait_read_only=True)
-        starts = []
-        for place in group:
-            width = places[place].tiled.shape[-1]
-            part = columns(k, o, column, width)
-            spread = k.orientation.spread(factor, part.shape)
-            part = part * spread
-            if k.empties_rows:  # 0 NaN is NaN
-                part = jnp.where(spread > 0, part, 0.0)
-            k.orientation.store(places[place].tiled, part.astype(k.problem.dtype))
-            starts.append(column)
-            column += width
+        widths = [strips[place][2] for place in group]
+        starts = list(itertools.accumulate(widths, initial=column))
+        column = starts.pop()
+        parts = (normalised(*at) for at in zip(starts, widths, strict=True))
+        k.orientation.store([strips[place][0].tiled for place in group], parts)
         mosaic.commit_smem()
         for place, start in zip(group, starts, strict=True):
-            mosaic.copy_out(places[place], out_gmem, start)
+            mosaic.copy_out(strips[place][0], out_gmem, start)
 
 
 def columns(k: Forward, pieces: tuple[jax.Array, ...], start: int, width: int) -> jax.Array:

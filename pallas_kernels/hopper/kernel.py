@@ -80,6 +80,7 @@ class Refs(NamedTuple):
     v_free: mosaic.Ref
     v_raw: mosaic.Ref  # V has arrived, with rows in it that are to be zeroed
     turn: mosaic.Ref  # [consumers]: it is this one's turn to start its products
+    q_given_smem: Any = None  # `Matrix`: Q as it is in global memory, if that is not `q_smem`
     # Of elements or pages of 8 bits, float32.
     q_scale_smem: mosaic.Ref = None  # [q_stages, consumers]; not of pages
     kv_scale_smem: mosaic.Ref = None  # [stages, scaled_parts, 2]: of the keys; shift
@@ -113,13 +114,8 @@ class Forms(NamedTuple):
 
     def arrays(self, x: spec.Operands) -> spec.Operands:
         """Operands whose queries, keys and values are as copies take them."""
-        query = x.query
-        if x.has_narrow_pages:
-            most = float(jnp.finfo(jnp.float16).max)
-            query = jnp.clip(query.astype(jnp.float32), -most, most).astype(jnp.float16)
-            query = mosaic.for_widened_rows(query)
         value = x.value if x.is_quantized else self.v.array(x.value)
-        return x._replace(query=self.q.array(query), key=self.k.array(x.key), value=value)
+        return x._replace(query=self.q.array(x.query), key=self.k.array(x.key), value=value)
 
     def scratch(self, c: Config, p: spec.Problem) -> dict[str, Any]:
         """Shared memory and barriers, by their names in `Refs`."""
@@ -132,6 +128,8 @@ class Forms(NamedTuple):
             of_k += 1  # with the scales of the stage
             shape = (c.stages, self.scaled_parts(c, x), 2)
             others["kv_scale_smem"] = mosaic.SMEM(shape, jnp.float32)
+        if x.has_narrow_pages:
+            others["q_given_smem"] = self.q.smem(c.q_stages, c.consumers, dtype=p.dtype)
         if c.turned:
             shape = (P_BUFFERS, c.rows, c.block_kv)
             others["p_smem"] = mosaic.tiled_smem(shape, dtype_of_queries(p))

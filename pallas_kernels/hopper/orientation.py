@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 import functools
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -131,8 +132,8 @@ class Orientation(abc.ABC):
         """Some columns of a piece of O."""
 
     @abc.abstractmethod
-    def store(self, place: mosaic.Ref, part: jax.Array) -> None:
-        """Such a part to shared memory, [rows, width]."""
+    def store(self, places: list[mosaic.Ref], parts: Iterable[jax.Array]) -> None:
+        """Such parts to shared memory, each [rows, width]."""
 
 
 class Rows(Orientation):
@@ -186,8 +187,9 @@ class Rows(Orientation):
     def output_part(self, piece: jax.Array, start: int, width: int) -> jax.Array:
         return piece[:, start : start + width]
 
-    def store(self, place: mosaic.Ref, part: jax.Array) -> None:
-        mosaic.store(place, part)
+    def store(self, places: list[mosaic.Ref], parts: Iterable[jax.Array]) -> None:
+        for place, part in zip(places, parts, strict=True):
+            mosaic.store(place, part)
 
 
 class Columns(Orientation):
@@ -234,5 +236,9 @@ class Columns(Orientation):
     def output_part(self, piece: jax.Array, start: int, width: int) -> jax.Array:
         return piece[start : start + width]
 
-    def store(self, place: mosaic.Ref, part: jax.Array) -> None:
-        mosaic.store_turned(place, part)
+    def store(self, places: list[mosaic.Ref], parts: Iterable[jax.Array]) -> None:
+        if self.k.widens:
+            mosaic.store_from_widened_columns(places, list(parts))
+            return
+        for place, part in zip(places, parts, strict=True):
+            mosaic.store_turned(place, part)

@@ -13,7 +13,6 @@ from pallas_kernels.common.schedule import Work
 from pallas_kernels.hopper.hidden import Hidden
 from pallas_kernels.hopper.kernel import Forward, Kernel, drain, scale_at
 from pallas_kernels.hopper.source import Source
-from pallas_kernels.spec.narrow import LEAST
 
 
 def produce(k: Forward) -> None:
@@ -25,7 +24,8 @@ def produce(k: Forward) -> None:
         stage = announce(k, round_, tile, work)
         for i in range(c.consumers):
             rows = pl.ds(work.q_block * c.block_q + i * c.rows, c.rows)
-            mosaic.copy_in(k.query(work, rows), r.q_smem.at(stage, i), r.q_full.at[stage])
+            q_smem = r.q_given_smem if k.widens else r.q_smem
+            mosaic.copy_in(k.query(work, rows), q_smem.at(stage, i), r.q_full.at[stage])
         return step + produce_keys(k, work, step)
 
     rounds, steps, tile = each_tile(k, r.ticket_smem, load, jnp.int32(0))
@@ -89,10 +89,14 @@ def produce_keys(k: Forward, work: Work, step: Any) -> Any:
         # Before the waits: what it loads comes while they last.
         by_data = walk.hides and functools.partial(walk.hides, j)
         hidden = Hidden.of(k, work, kv_block, by_data) if k.hides_keys else None
-        scales = page_scales(k, source, hidden) if k.widens else key_scales(k, work, kv_block)
+        scales = key_scales(k, work, kv_block)
         again = step + j >= c.stages
         pl.when(again)(lambda: mosaic.barrier_wait(r.k_free.at[stage]))
+        if k.widens:
+            pl.when(j > 0)(lambda: pass_page_scales(k, step + j - 1))
         source.copy(r.x.key, r.k_smem.at(stage), r.k_full.at[stage])
+        if k.widens:
+            start_page_scales(k, source, hidden, stage)
         if scales:
             for part, numbers in enumerate(scales):
                 for i, number in enumerate(numbers):
@@ -103,6 +107,8 @@ def produce_keys(k: Forward, work: Work, step: Any) -> Any:
         produce_values(k, hidden, source.of_values(k), stage)
 
     lax.fori_loop(0, walk.count, visit, None)
+    if k.widens:
+        pl.when(walk.count > 0)(lambda: pass_page_scales(k, step + walk.count - 1))
     return walk.count
 
 
@@ -120,19 +126,26 @@ def key_scales(k: Forward, work: Work, kv_block: Any) -> tuple[tuple[Any, Any], 
     )
 
 
-def page_scales(k: Forward, source: Source, hidden: Hidden | None) -> tuple[tuple[Any, Any], ...]:
-    """The same of parts in pages of 8 bits; those of keys that nobody sees are 1."""
+def start_page_scales(k: Forward, source: Source, hidden: Hidden | None, stage: Any) -> None:
+    """Starts to copy the scales of each part in pages of 8 bits; zero of keys that nobody sees.
+
+    A wait for them in each visit would take longer than its keys and values, where those are few:
+    `pass_page_scales` waits in the next one.
+    """
     assert hidden is not None, "keys in pages have lengths"
-    found = []
     for part, (page, _, head) in enumerate(source.places):
         key0 = hidden.key0 + part * source.rows
         seen = (key0 < hidden.stop) & (key0 + source.rows > hidden.start)
-        of_key, of_value = (
-            jnp.where(seen, jnp.maximum(x[page, head], LEAST), 1.0)
-            for x in (k.refs.x.key_scale, k.refs.x.value_scale)
-        )
-        found.append((of_key, jnp.log2(of_value)))
-    return tuple(found)
+        for i, scales in enumerate((k.refs.x.key_scale, k.refs.x.value_scale)):
+            place = k.refs.kv_scale_smem.at[stage, part, i]
+            mosaic.copy_number_in(scales.at[page, head], place, seen)
+
+
+def pass_page_scales(k: Forward, step: Any) -> None:
+    """Tells the consumers that the scales of a visit are there, once they are."""
+    mosaic.wait_numbers()
+    mosaic.commit_smem()
+    mosaic.barrier_arrive(k.refs.k_full.at[lax.rem(step, k.config.stages)])
 
 
 def produce_values(k: Forward, hidden: "Hidden | None", source: Source, stage: Any) -> None:

@@ -46,6 +46,7 @@ from pallas_kernels.mosaic.matrix import (
     copy_rows_in,
 )
 from pallas_kernels.mosaic.memory import Ref, layout_cast, load, store, tiled_smem
+from pallas_kernels.mosaic.numbers import copy_number_in, wait_numbers
 from pallas_kernels.mosaic.rows import store_rows
 from pallas_kernels.mosaic.squares import store_operand, store_turned
 from pallas_kernels.mosaic.sums import (
@@ -77,8 +78,8 @@ from pallas_kernels.mosaic.values import (
 from pallas_kernels.mosaic.warps import maximum_if_much, scaled_rows
 from pallas_kernels.mosaic.widen import (
     WIDENED_COLUMNS,
-    for_widened_rows,
-    from_widened_columns,
+    store_for_widened_rows,
+    store_from_widened_columns,
     widened_columns,
     widened_rows,
 )
@@ -106,6 +107,7 @@ __all__ = [
     "copied_columns",
     "copy_gmem_to_smem",
     "copy_in",
+    "copy_number_in",
     "copy_out",
     "copy_rows_in",
     "copy_smem_to_gmem",
@@ -113,8 +115,6 @@ __all__ = [
     "counter",
     "counters",
     "fold_parts",
-    "for_widened_rows",
-    "from_widened_columns",
     "full",
     "gather",
     "interpreting",
@@ -144,6 +144,8 @@ __all__ = [
     "start_columns",
     "start_turned",
     "store",
+    "store_for_widened_rows",
+    "store_from_widened_columns",
     "store_operand",
     "store_rows",
     "store_turned",
@@ -152,6 +154,7 @@ __all__ = [
     "uniform",
     "vector_iota",
     "wait_count",
+    "wait_numbers",
     "wait_smem_to_gmem",
     "widened_columns",
     "widened_rows",

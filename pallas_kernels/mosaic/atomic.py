@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import jax.experimental.pallas as pl
@@ -13,8 +11,9 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import memref
 
 from pallas_kernels.mosaic import interpreter
-from pallas_kernels.mosaic.dialects import instruct, llvm, scf
+from pallas_kernels.mosaic.dialects import instruct, llvm
 from pallas_kernels.mosaic.memory import Ref
+from pallas_kernels.mosaic.warps import one_thread
 
 
 def counter() -> Ref | None:
@@ -36,7 +35,7 @@ def count_up(counters: Ref, which: Any) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def run(_: Any, counter: Any) -> None:
         mgpu_utils.warpgroup_barrier()
-        with _one_thread():  # its release covers what the barrier has shown it
+        with one_thread():  # its release covers what the barrier has shown it
             instruct(
                 [mgpu_utils.memref_ptr(counter)],
                 "red.release.gpu.global.add.u32 [$0], 1;",
@@ -64,19 +63,6 @@ def wait_count(counters: Ref, which: Any, value: int) -> None:
     run(counters.at[which])
 
 
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """What follows is for one thread of the warpgroup.
-
-    Not Mosaic's own single_thread(): it keeps what it knows in a global variable, which kernels
-    traced in other threads change.
-    """
-    one = mgpu_utils.single_thread_predicate(mgpu_utils.ThreadSubset.WARPGROUP)
-    with ir.InsertionPoint(scf.IfOp(one).then_block):
-        yield
-        scf.yield_([])
-
-
 def take_number(
     counter: Ref | None,
     ticket: Ref,  # [1] int32 in shared memory
@@ -93,7 +79,7 @@ def take_number(
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))
     def take(_: Any, counter: Any, ticket: Any) -> None:
-        with _one_thread():
+        with one_thread():
             number = llvm.inline_asm(
                 ir.IntegerType.get_signless(32),
                 [mgpu_utils.memref_ptr(counter)],

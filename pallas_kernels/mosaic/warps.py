@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -82,6 +83,19 @@ def lane_and_warp() -> tuple[Any, Any]:
     thread = llvm.inline_asm(i32, [], "mov.u32 $0, %tid.x;", "=r", has_side_effects=True)
     lane = arith.remui(thread, mgpu_utils.c(32, i32))
     return lane, arith.remui(arith.divui(thread, mgpu_utils.c(32, i32)), mgpu_utils.c(4, i32))
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """For inlined code: what follows is for one thread of the warpgroup.
+
+    Not Mosaic's own single_thread(): it keeps what it knows in a global variable, which kernels
+    traced in other threads change.
+    """
+    one = mgpu_utils.single_thread_predicate(mgpu_utils.ThreadSubset.WARPGROUP)
+    with ir.InsertionPoint(scf.IfOp(one).then_block):
+        yield
+        scf.yield_([])
 
 
 def turned_among_four(words: Sequence[Any]) -> list[Any]:
