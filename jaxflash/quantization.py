@@ -93,13 +93,17 @@ def operands(query: Any, key: Any, value: Any) -> dict[str, Any]:
 
 
 def lowered(
-    problem: spec.Problem, x: spec.Operands, quantize: Quantize
+    problem: spec.Problem, x: spec.Operands, quantize: Quantize, *, leave_query: bool = False
 ) -> tuple[spec.Problem, spec.Operands]:
-    """A problem of 8-bit operands, if that precision is asked for. What lengths hide is zeroed."""
+    """A problem of 8-bit operands, if that precision is asked for. What lengths hide is zeroed.
+
+    The query may be left for the kernel to round.
+    """
     if problem.precision != rules.FP8:
         return problem, x
-    hidden_from = {"query": x.query_lengths, "key": x.key_value_lengths}
-    hidden_from["value"] = x.key_value_lengths
+    hidden_from = {"key": x.key_value_lengths, "value": x.key_value_lengths}
+    if not leave_query:
+        hidden_from["query"] = x.query_lengths
     found: dict[str, Any] = {}
     for name, lengths in hidden_from.items():
         y = _zeroed_beyond(getattr(x, name), lengths)

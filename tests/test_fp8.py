@@ -192,16 +192,70 @@ def test_out_and_lse(backend: Any, case: str) -> None:
         out, lse = jaxflash.dot_product_attention(
             *given, **options, implementation=backend, return_residual=True
         )
-    wide = [x.dequantize() for x in given]
-    truth, lse_of_truth = _exact(*wide, options)
     assert out.dtype == jnp.bfloat16
+    _check(out, lse, [x.dequantize() for x in given], options, backend)
+
+
+def _check(
+    out: jax.Array, lse: jax.Array, wide: list[jax.Array], options: dict[str, Any], backend: str
+) -> None:
+    """Against the reference of what was multiplied."""
+    truth, lse_of_truth = _exact(*wide, options)
+    attained = _attainable(*wide, options)
     oracle.check_array(
-        "out", *(np.asarray(x, np.float32) for x in (out, _attainable(*wide, options), truth)),
-        jnp.bfloat16,
-    )  # fmt: skip
+        "out", *(np.asarray(x, np.float32) for x in (out, attained, truth)), jnp.bfloat16
+    )
     by_tensor_cores = backend == "hopper" and ON_GPU
     error = 1e-4 + (_error_of_logits(wide[0], wide[1], options) if by_tensor_cores else 0)
     np.testing.assert_allclose(lse, lse_of_truth, rtol=1e-4, atol=error)
+
+
+_ROUNDED: dict[str, tuple[int, Any, dict[str, Any], hopper.Config | None]] = {
+    "64": (64, jnp.bfloat16, {"is_causal": True}, None),
+    "128": (128, jnp.bfloat16, {}, None),
+    "128 float16": (128, jnp.float16, {"is_causal": True}, None),
+    "192": (192, jnp.bfloat16, {}, None),
+    "256": (256, jnp.bfloat16, {"is_causal": True}, None),
+    "lengths": (64, jnp.bfloat16, _CASES["lengths"][1], None),
+    "overlapped": (128, jnp.bfloat16, {"is_causal": True}, hopper.Config(stages=4)),
+    "apart": (
+        64,
+        jnp.bfloat16,
+        {},
+        hopper.Config(consumers=3, ping_pong=True, overlaps=False, parts=2),
+    ),
+}
+
+
+@pytest.mark.kernel
+@pytest.mark.skipif(not _RUNS_KERNELS, reason="this JAX cannot interpret the kernels")
+@pytest.mark.parametrize("name", _ROUNDED if ON_GPU else ["64", "lengths", "overlapped", "apart"])
+def test_queries_that_the_kernel_rounds(name: str) -> None:
+    """Each 64 have a scale; those that are hidden may be NaN."""
+    H, dtype, options, config = _ROUNDED[name]
+    query, key, value = (_random(2, 470, 2, H, seed=i, dtype=dtype) for i in range(3))
+    query *= jnp.exp2(jnp.arange(470) // 50 - 4.0).astype(dtype)[:, None, None]
+    key, value = jaxflash.quantize(key), jaxflash.quantize(value, is_value=True)
+    lengths = options.get("query_seq_lengths", jnp.full(2, 470))
+    seen = (jnp.arange(470) < lengths[:, None])[..., None, None]
+    problem, x = canonicalize(jaxflash.quantize(query), key, value, **options)
+    x = x._replace(query=jnp.where(seen, query, jnp.nan), query_scale=None)
+    problem = problem.of(x)
+    assert hopper.rounds_queries(problem)
+    with running("hopper"):
+        out, lse = hopper.forward(problem, x, config)
+    assert out.dtype == dtype
+    wide = [_in_blocks_of_64(jnp.where(seen, query, 0)), key.dequantize(), value.dequantize()]
+    _check(out, lse, wide, options, "hopper")
+
+
+def _in_blocks_of_64(x: jax.Array) -> jax.Array:
+    """What rounding leaves of [B, T, N, H], float32."""
+    B, T, N, H = x.shape
+    blocks = jnp.pad(x, ((0, 0), (0, -T % 64), (0, 0), (0, 0))).reshape(-1, 64, N, H)
+    scales = rules.scales_of(blocks, "head")
+    rounded = rules.dequantize(rules.quantize(blocks, scales), scales, 64)
+    return rounded.reshape(B, -1, N, H)[:, :T]
 
 
 @pytest.mark.kernel
@@ -226,14 +280,7 @@ def test_tiles_that_blocks_with_scales_cut(config: hopper.Config, options: Any) 
     ]
     with running("hopper"):
         out, lse = hopper.forward(*canonicalize(*rounded, **options), config)
-    wide = [x.dequantize() for x in rounded]
-    truth, lse_of_truth = _exact(*wide, options)
-    attained = _attainable(*wide, options)
-    oracle.check_array(
-        "out", *(np.asarray(x, np.float32) for x in (out, attained, truth)), jnp.bfloat16
-    )
-    error = 1e-4 + (_error_of_logits(wide[0], wide[1], options) if ON_GPU else 0)
-    np.testing.assert_allclose(lse, lse_of_truth, rtol=1e-4, atol=error)
+    _check(out, lse, [x.dequantize() for x in rounded], options, "hopper")
 
 
 def _error_of_logits(query: jax.Array, key: jax.Array, options: dict[str, Any]) -> float:

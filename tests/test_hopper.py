@@ -401,7 +401,7 @@ def test_few_rows_fit_as_they_are_laid_out(rows: int) -> None:
         staging = c.staging(H, Hv)
         if staging is None:
             continue
-        k, v = mosaic.Form.of(block_kv, H), c.values(Hv, Sizes(2, 2))
+        k, v = mosaic.Form.of(block_kv, H), c.values(Hv, Sizes(2, 2, 2))
         forms = (mosaic.Form.of(rows, H), 1), (k, stages), (v, stages), (staging.form, 1)
         buffers = [2 * n * math.prod(piece) for form, n in forms for piece in form.pieces]
         buffers += [2 * P_BUFFERS * rows * block_kv, c.scratch_bytes, 4, 4]

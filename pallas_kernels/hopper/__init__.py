@@ -6,7 +6,7 @@ from pallas_kernels.hopper.config import Config
 from pallas_kernels.hopper.decode import decode, decode_config, supports_decode
 from pallas_kernels.hopper.gpu import multiprocessors
 from pallas_kernels.hopper.launch import forward, supports
-from pallas_kernels.hopper.quantize import quantize, supports_quantize
+from pallas_kernels.hopper.quantize import quantize, rounds_queries, supports_quantize
 from pallas_kernels.mosaic import is_interpreting
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "is_interpreting",
     "multiprocessors",
     "quantize",
+    "rounds_queries",
     "supports",
     "supports_backward",
     "supports_decode",

@@ -26,12 +26,14 @@ _SMEM_SCALES = 2048  # of elements or pages of 8 bits
 class Sizes(NamedTuple):
     """Of elements in shared memory, in bytes."""
 
-    of_query: int
+    of_query: int  # as it is multiplied
     of_key: int  # and of values
+    given: int  # of queries as they are given
 
     @classmethod
     def of(cls, x: spec.Operands) -> "Sizes":
-        return cls(x.query.dtype.itemsize, x.key.dtype.itemsize)
+        given = x.query.dtype.itemsize
+        return cls(1 if x.is_quantized else given, x.key.dtype.itemsize, given)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,11 +118,9 @@ class Config:
 
     def smem_bytes(self, H: int, Hv: int, staged: int, sizes: Sizes) -> int:
         """Of rings, and of staging for so many columns of O, which have 16 bits."""
-        stack = self.q_stages * self.consumers * sizes.of_query
-        pieces = mosaic.Form.of(self.rows, H, itemsize=sizes.of_query).pieces
+        stack = self.q_stages * self.consumers * sizes.given
+        pieces = mosaic.Form.of(self.rows, H, itemsize=sizes.given).pieces
         queries = sum(-(-stack * math.prod(x) // _ALIGNMENT) * _ALIGNMENT for x in pieces)
-        if sizes.of_key < sizes.of_query:  # held as they are given, too
-            queries *= 2
         of_row = mosaic.Form.of(self.block_kv, H, itemsize=sizes.of_key).columns
         of_values = sum(map(math.prod, self.values(Hv, sizes).pieces))
         keys = sizes.of_key * self.stages * (self.block_kv * of_row + of_values)
@@ -133,7 +133,7 @@ class Config:
 
         Elements have 16 bits by default.
         """
-        sizes = sizes or Sizes(2, 2)
+        sizes = sizes or Sizes(2, 2, 2)
         most = _SMEM_BYTES - _SMEM_REST - (_SMEM_SCALES if sizes.of_key == 1 else 0)
         for staging in Staging.of(self.rows, Hv):
             if self.smem_bytes(H, Hv, staging.form.columns, sizes) <= most:

@@ -17,9 +17,11 @@ Shared memory of a block:
     out_smem  [consumers, rows, staging.columns] on its way out
     tile_smem [q_stages] int32                  which tile of queries comes next
 
-Elements of 8 bits have scales (section 3.3), which the producer passes on with each tile:
+Elements of 8 bits have scales (section 3.3), which the producer passes on with each tile; queries
+may be rounded to them here:
 
-    q_scale_smem  [q_stages, consumers]
+    q_scale_smem  [q_stages, consumers]; or of those that are rounded
+    q_numbers_smem [consumers, 5], the last one
     kv_scale_smem [stages, scaled_parts, 2]     of keys; log2 of those of values
 
 So have pages of 8 bits. With them, and where rows are few, tiles are turned, see `orientation`:
@@ -74,7 +76,10 @@ class Consumer(NamedTuple):
         if self.k.widens:
             scales, of_values = ([jnp.maximum(x, LEAST) for x in y] for y in (of_keys, of_values))
             return Raised(tuple(scales), tuple(map(jnp.log2, of_values)))
-        of_queries = r.q_scale_smem[q_stage, self.me]
+        if self.k.rounds:
+            of_queries = r.q_numbers_smem[self.me, mosaic.NARROWED_NUMBERS - 1]
+        else:
+            of_queries = r.q_scale_smem[q_stage, self.me]
         return Raised(tuple(of_queries * x for x in of_keys), tuple(of_values))
 
 
@@ -148,6 +153,7 @@ def visits_apart(c: Consumer, work: Work, round_: Any, step: Any) -> tuple[Stats
     """
     k, r = c.k, c.k.refs
     walk, q_stage = k.walk(work), lax.rem(round_, k.config.q_stages)
+    convert_queries(c, work, q_stage)
 
     def visits(masked: bool) -> Any:
         def one(j: Any, carry: tuple[Stats, Any]) -> tuple[Stats, Any]:
@@ -185,10 +191,7 @@ def begin(c: Consumer, work: Work, round_: Any, step: Any) -> Carry:
     stage = lax.rem(step, k.config.stages)
     visit = c.visit(work, 0, k.masks)
     q_stage = lax.rem(round_, k.config.q_stages)
-    if k.widens:
-        given, q_smem = (x.at(q_stage, c.me) for x in (r.q_given_smem, r.q_smem))
-        mosaic.store_for_widened_rows(given, q_smem)
-        mosaic.commit_smem()
+    convert_queries(c, work, q_stage)
     mosaic.barrier_wait(r.k_full.at[stage])
     raised = c.raised(q_stage, stage)
     s = mosaic.settle(start_scores(c, q_stage, step))
@@ -266,9 +269,10 @@ def end_and_begin(
     """The last O += P V of a tile, with the first visit of the following one."""
     k, r = c.k, c.k.refs
     stage, before = (lax.rem(i, k.config.stages) for i in (step, step - 1))
+    q_stage = lax.rem(round_, k.config.q_stages)
+    convert_queries(c, following, q_stage)
     mosaic.barrier_wait(r.k_full.at[stage])
     mosaic.barrier_wait(r.v_full.at[before])
-    q_stage = lax.rem(round_, k.config.q_stages)
     raised = c.raised(q_stage, stage)
     s, o = start_products(c, q_stage, step, carry)
     mosaic.barrier_arrive(r.k_free.at[stage])
@@ -293,6 +297,21 @@ def end(c: Consumer, work: Work, step: Any, carry: Carry, factor: jax.Array | No
     mosaic.barrier_arrive(r.v_free.at[before])
     store(c, work, o, factor)
     return carry._replace(o=o)
+
+
+def convert_queries(c: Consumer, work: Work, q_stage: Any) -> None:
+    """A tile's rows of Q as products take them, if they are given otherwise."""
+    k, r = c.k, c.k.refs
+    if not k.forms.converts:
+        return
+    given, q_smem = (x.at(q_stage, c.me) for x in (r.q_given_smem, r.q_smem))
+    if k.widens:
+        mosaic.store_for_widened_rows(given, q_smem)
+    else:
+        count = k.row_count(work)
+        rows = None if count is None else count - c.row0(work)
+        mosaic.narrow_rows(given, q_smem, r.q_numbers_smem.at[c.me], rows)
+    mosaic.commit_smem()
 
 
 def start_products(

@@ -80,9 +80,10 @@ class Refs(NamedTuple):
     v_free: mosaic.Ref
     v_raw: mosaic.Ref  # V has arrived, with rows in it that are to be zeroed
     turn: mosaic.Ref  # [consumers]: it is this one's turn to start its products
-    q_given_smem: Any = None  # `Matrix`: Q as it is in global memory, if that is not `q_smem`
+    q_given_smem: Any = None  # a matrix likewise, in the same place: Q, if it is to be converted
     # Of elements or pages of 8 bits, float32.
-    q_scale_smem: mosaic.Ref = None  # [q_stages, consumers]; not of pages
+    q_scale_smem: mosaic.Ref = None  # [q_stages, consumers], if they are given
+    q_numbers_smem: mosaic.Ref = None  # [consumers, 5] if not, the last of them
     kv_scale_smem: mosaic.Ref = None  # [stages, scaled_parts, 2]: of the keys; shift
     p_smem: mosaic.Ref = None  # [2, rows, block_kv]: of visits by turns, where they are turned
 
@@ -90,11 +91,13 @@ class Refs(NamedTuple):
 class Forms(NamedTuple):
     """How matrices are held in shared memory."""
 
+    q_given: mosaic.Form
     q: mosaic.Form
     k: mosaic.Form
     v: mosaic.Form
     out: Staging
     parts: int  # that a tile of keys is copied in, for they are in pages
+    converts: bool  # whether queries are given as others than those that are multiplied
 
     @classmethod
     def of(cls, p: spec.Problem, c: Config) -> "Forms":
@@ -104,43 +107,53 @@ class Forms(NamedTuple):
         assert c.turned or not p.operands.has_narrow_pages, "what is widened is a left operand"
         assert not c.turned or not (p.operands.is_quantized or p.Hv % ROWS), "no product has V^T"
         table = p.operands.page_table
+        # Of 8 bits, queries that are rounded here have strips as they have before.
+        width = ROWS if sizes.of_query < sizes.given else 0
         return cls(
-            q=mosaic.Form.of(c.rows, p.H, itemsize=sizes.of_query),
-            k=mosaic.Form.of(c.block_kv, p.H, itemsize=sizes.of_key),
+            q_given=mosaic.Form.of(c.rows, p.H, itemsize=sizes.given),
+            q=mosaic.Form.of(c.rows, p.H, dividing=width, itemsize=sizes.of_query),
+            k=mosaic.Form.of(c.block_kv, p.H, dividing=width, itemsize=sizes.of_key),
             v=c.values(p.Hv, sizes),
             out=staging,
             parts=1 if table is None else max(1, c.block_kv // p.operands.key.shape[1]),
+            converts=sizes.of_key < sizes.given,
         )
 
     def arrays(self, x: spec.Operands) -> spec.Operands:
         """Operands whose queries, keys and values are as copies take them."""
         value = x.value if x.is_quantized else self.v.array(x.value)
-        return x._replace(query=self.q.array(x.query), key=self.k.array(x.key), value=value)
+        return x._replace(query=self.q_given.array(x.query), key=self.k.array(x.key), value=value)
 
     def scratch(self, c: Config, p: spec.Problem) -> dict[str, Any]:
         """Shared memory and barriers, by their names in `Refs`."""
         x = p.operands
         of_k, of_v = self.k.copies_in(self.parts), self.v.copies_in(self.parts)
         others: dict[str, Any] = {}
-        if x.is_quantized:
+        if x.query_scale is not None:
             others["q_scale_smem"] = mosaic.SMEM((c.q_stages, c.consumers), jnp.float32)
+        elif x.is_quantized:
+            numbers = (c.consumers, mosaic.NARROWED_NUMBERS)
+            others["q_numbers_smem"] = mosaic.SMEM(numbers, jnp.float32)
         if x.key_scale is not None:
             of_k += 1  # with the scales of the stage
             shape = (c.stages, self.scaled_parts(c, x), 2)
             others["kv_scale_smem"] = mosaic.SMEM(shape, jnp.float32)
-        if x.has_narrow_pages:
-            others["q_given_smem"] = self.q.smem(c.q_stages, c.consumers, dtype=p.dtype)
         if c.turned:
             shape = (P_BUFFERS, c.rows, c.block_kv)
             others["p_smem"] = mosaic.tiled_smem(shape, dtype_of_queries(p))
+        of_q, stack = dtype_of_queries(p), (c.q_stages, c.consumers)
+        if self.converts:
+            queries = mosaic.smem_of_two(self.q_given, self.q, *stack, dtypes=(p.dtype, of_q))
+        else:
+            queries = self.q.smem(*stack, dtype=of_q)
         return {
-            "q_smem": self.q.smem(c.q_stages, c.consumers, dtype=dtype_of_queries(p)),
+            "q_smem": queries,
             "k_smem": self.k.smem(c.stages, dtype=x.key.dtype),
             "v_smem": self.v.smem(c.stages, dtype=x.value.dtype),
             "out_smem": self.out.form.smem(c.consumers, dtype=p.dtype),
             "tile_smem": mosaic.SMEM((c.q_stages,), jnp.int32),
             "ticket_smem": mosaic.SMEM((1,), jnp.int32),
-            "q_full": _barriers(c.q_stages, c.consumers * self.q.copies + 1),
+            "q_full": _barriers(c.q_stages, c.consumers * self.q_given.copies + 1),
             "q_free": _barriers(c.q_stages, c.consumers),
             "k_full": _barriers(c.stages, of_k),
             "k_free": _barriers(c.stages, c.consumers),
@@ -159,16 +172,24 @@ class Forms(NamedTuple):
     def refs(self, given: Any, out: Any, lse: Any, scratch: dict[str, Any]) -> Refs:
         """From what a kernel is given, its outputs, and what `scratch` asked for."""
         x, found, scales = given
+        queries = scratch.pop("q_smem")
         by_name: dict[str, Any] = {
             name: mosaic.Matrix.of(x) if isinstance(x, list | tuple) else x
             for name, x in scratch.items()
         }
+        if self.converts:
+            by_name["q_given_smem"], by_name["q_smem"] = mosaic.Matrix.two(queries)
+        else:
+            by_name["q_smem"] = mosaic.Matrix.of(queries)
         return Refs(x=x, map=found, scales=scales, out_gmem=out, lse_gmem=lse, **by_name)
 
 
 def dtype_of_queries(p: spec.Problem) -> Any:
     """Of Q, and of P in shared memory: every number of 8 bits is one of float16."""
-    return jnp.float16 if p.operands.has_narrow_pages else p.operands.query.dtype
+    x = p.operands
+    if x.has_narrow_pages:
+        return jnp.float16
+    return x.key.dtype if x.is_quantized else x.query.dtype
 
 
 def _barriers(number: int, arrivals: int) -> Any:
@@ -328,6 +349,11 @@ class Forward(Kernel):
     def widens(self) -> bool:
         """Whether keys and values are in pages of 8 bits."""
         return self.problem.operands.has_narrow_pages
+
+    @property
+    def rounds(self) -> bool:
+        """Whether queries are to be rounded to 8 bits."""
+        return self.forms.converts and not self.widens
 
     @property
     def scaled_parts(self) -> int:

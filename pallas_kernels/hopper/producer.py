@@ -24,13 +24,13 @@ def produce(k: Forward) -> None:
         stage = announce(k, round_, tile, work)
         for i in range(c.consumers):
             rows = pl.ds(work.q_block * c.block_q + i * c.rows, c.rows)
-            q_smem = r.q_given_smem if k.widens else r.q_smem
+            q_smem = r.q_given_smem if k.forms.converts else r.q_smem
             mosaic.copy_in(k.query(work, rows), q_smem.at(stage, i), r.q_full.at[stage])
         return step + produce_keys(k, work, step)
 
     rounds, steps, tile = each_tile(k, r.ticket_smem, load, jnp.int32(0))
     stage = announce(k, rounds, tile, None)  # that there is none left
-    arrive(r.q_full.at[stage], c.consumers * k.forms.q.copies)
+    arrive(r.q_full.at[stage], c.consumers * k.forms.q_given.copies)
     drain(rounds + 1, c.q_stages, r.q_free)
     drain(steps, c.stages, r.k_free, r.v_free)
 
@@ -69,7 +69,7 @@ def announce(k: Forward, round_: Any, tile: Any, work: Work | None) -> Any:
     r, stage = k.refs, lax.rem(round_, k.config.q_stages)
     pl.when(round_ >= k.config.q_stages)(lambda: mosaic.barrier_wait(r.q_free.at[stage]))
     r.tile_smem[stage] = tile
-    if r.scales is not None and work is not None:
+    if work is not None and r.scales is not None and not k.rounds:
         for i in range(k.config.consumers):
             row = work.q_block * k.config.block_q + i * k.config.rows
             r.q_scale_smem[stage, i] = scale_at(r.scales.query, work.batch, row, work.head)

@@ -29,6 +29,7 @@ from pallas_kernels.spec import quantization as rules
 
 TOKENS = rules.SCALED
 _WIDTH = 64  # of strips of the result
+_HALVES = (jnp.bfloat16, jnp.float16)
 
 
 class _Form(NamedTuple):
@@ -62,10 +63,19 @@ class _Form(NamedTuple):
         ]
 
 
+def rounds_queries(problem: spec.Problem) -> bool:
+    """Whether the forward may be given queries as they are, which it then rounds as it reads them.
+
+    Each 64 have a scale.
+    """
+    x = problem.operands.query
+    return x.dtype in _HALVES and x.size > 0 and x.shape[3] % ROWS == 0
+
+
 def supports_quantize(x: Any, device: spec.Device, *, rotate: bool) -> bool:
     """Whether the kernel takes an array [B, T, N, H] on a device."""
     is_here = gpu.is_hopper(device) or mosaic.is_interpreting()
-    is_half = x.dtype in (jnp.bfloat16, jnp.float16)
+    is_half = x.dtype in _HALVES
     most = 128 if rotate else 256  # the matrix is in shared memory, too
     return is_here and is_half and x.size > 0 and x.shape[3] % ROWS == 0 and x.shape[3] <= most
 

@@ -44,8 +44,10 @@ from pallas_kernels.mosaic.matrix import (
     copy_in,
     copy_out,
     copy_rows_in,
+    smem_of_two,
 )
 from pallas_kernels.mosaic.memory import Ref, layout_cast, load, store, tiled_smem
+from pallas_kernels.mosaic.narrow import NARROWED_NUMBERS, narrow_rows
 from pallas_kernels.mosaic.numbers import copy_number_in, wait_numbers
 from pallas_kernels.mosaic.rows import store_rows
 from pallas_kernels.mosaic.squares import store_operand, store_turned
@@ -86,6 +88,7 @@ from pallas_kernels.mosaic.widen import (
 
 __all__ = [
     "FOLDED",
+    "NARROWED_NUMBERS",
     "PART_WIDTH",
     "SMEM",
     "WIDENED_COLUMNS",
@@ -131,11 +134,13 @@ __all__ = [
     "matmul",
     "matrices",
     "maximum_if_much",
+    "narrow_rows",
     "opaque",
     "put",
     "scaled_rows",
     "set_max_registers",
     "settle",
+    "smem_of_two",
     "spread_columns",
     "spread_parts",
     "spread_rows",

@@ -139,6 +139,21 @@ class Form(NamedTuple):
         return [piece.smem(stack, dtype) for piece in self.pieces]
 
 
+def smem_of_two(
+    first: Form, second: Form, *stack: int, dtypes: tuple[jax.typing.DTypeLike, ...]
+) -> Any:
+    """What to allocate for matrices that become others where they are, no larger ones.
+
+    Both are in one piece. `Matrix.two` finds them.
+    """
+    (one,), (other,) = first.pieces, second.pieces
+    allocated = one.smem(stack, dtypes[0])
+    if interpreter.is_interpreting():
+        return [allocated, tiled_smem((*stack, *other), dtypes[1])]
+    times = first.itemsize // second.itemsize
+    return plgpu.RefUnion(*allocated.refs, tiled_smem((*stack, times, *other), dtypes[1]))
+
+
 class Matrix(NamedTuple):
     """A matrix in shared memory, or a stack of them."""
 
@@ -149,6 +164,15 @@ class Matrix(NamedTuple):
         """From what `Form.smem` allocates."""
         one = interpreter.is_interpreting()
         return cls(tuple(View(x, x) if one else View(*x) for x in allocated))
+
+    @classmethod
+    def two(cls, allocated: Sequence[Any]) -> tuple[Matrix, Matrix]:
+        """From what `smem_of_two` allocates for a stack of two axes."""
+        *first, second = allocated
+        if interpreter.is_interpreting():
+            return cls.of(first), cls.of([second])
+        second = second.at[:, :, 0]
+        return cls((View(*first),)), cls((View(second, second),))
 
     def at(self, *index: Any) -> Matrix:
         """One of the stack."""

@@ -8,6 +8,7 @@ with, and back what results.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -85,35 +86,37 @@ def widened_columns(x: Matrix) -> jax.Array:
 def store_for_widened_rows(x: Matrix, target: Matrix) -> None:
     """Stores a matrix [rows, columns] of 16 bits as one of float16 to multiply `widened_rows` with.
 
-    What is too large for float16 becomes the largest number there is. Strips have 64 columns.
+    What is too large for float16 becomes the largest number there is. Strips have 64 columns, and
+    may be in the same place as those of the target.
     """
-    strips = zip(x.strips(), target.strips(), strict=True)
-    for (given, *_), (place, *_) in strips:
-        _store_strip_for_widened_rows(given.tiled, place.tiled)
-
-
-def _store_strip_for_widened_rows(x: Ref, target: Ref) -> None:
     most = float(jnp.finfo(jnp.float16).max)
+    strips, places = ([view.tiled for view, *_ in y.strips()] for y in (x, target))
     if interpreter.is_interpreting():
-        wide = x[...].astype(jnp.float32)
-        target[...] = jnp.clip(wide, -most, most).astype(target.dtype)
+        for strip, place in zip(strips, places, strict=True):
+            wide = strip[...].astype(jnp.float32)
+            place[...] = jnp.clip(wide, -most, most).astype(place.dtype)
         return
-    (_, swizzle), fits = tiling_of(x), x.dtype == target.dtype
+    (_, swizzle), fits = tiling_of(strips[0]), strips[0].dtype == places[0].dtype
 
-    @plgpu.inline_mgpu(arg_types=(ref_type(x), ref_type(target)))
-    def run(_: Any, x: Any, target: Any) -> None:
-        given = fa.FragmentedArray.load_tiled(x, swizzle, layout=_FOURS, optimized=False)
-        if not fits:
-            wide = given.astype(ir.F32Type.get())
-            given = wide.max(-most).min(most).astype(ir.F16Type.get())
-        registers = np.empty(_PAIRS.registers_shape(given.shape), dtype=object)
-        pairs = registers.reshape(-1, 2)
-        for i, four in enumerate(given.registers.flat):
-            pairs[i] = [mgpu_utils.vector_slice(four, slice(j, j + 2)) for j in (0, 2)]
-        ordered = fa.FragmentedArray(_registers=registers, _layout=_PAIRS, _is_signed=None)
-        ordered.store_tiled(target, swizzle, optimized=False)
+    @plgpu.inline_mgpu(arg_types=tuple(ref_type(y) for y in strips + places))
+    def run(_: Any, *refs: Any) -> None:
+        strips, places = refs[: len(refs) // 2], refs[len(refs) // 2 :]
+        load = functools.partial(fa.FragmentedArray.load_tiled, layout=_FOURS, optimized=False)
+        given = [load(strip, swizzle) for strip in strips]
+        mgpu_utils.warpgroup_barrier()  # all have read what is written next
+        for found, place in zip(given, places, strict=True):
+            numbers = found
+            if not fits:
+                wide = found.astype(ir.F32Type.get())
+                numbers = wide.max(-most).min(most).astype(ir.F16Type.get())
+            registers = np.empty(_PAIRS.registers_shape(numbers.shape), dtype=object)
+            pairs = registers.reshape(-1, 2)
+            for i, four in enumerate(numbers.registers.flat):
+                pairs[i] = [mgpu_utils.vector_slice(four, slice(j, j + 2)) for j in (0, 2)]
+            ordered = fa.FragmentedArray(_registers=registers, _layout=_PAIRS, _is_signed=None)
+            ordered.store_tiled(place, swizzle, optimized=False)
 
-    run(x, target)
+    run(*strips, *places)
 
 
 # Of eight rows of a strip, a warp has sixteen columns, a thread four of a row: neighbours, and as

@@ -29,9 +29,9 @@ def extent(lengths: Any, size: int) -> Any:
 class Operands(NamedTuple):
     """The arrays of one call in canonical shape (batch flattened); absent ones are None.
 
-    With scales, query, key and value are 8-bit floating point, the value turned, [B, Hv, K, tokens
-    of whole blocks]: see `pallas_kernels.spec.quantization`. If only keys and values have scales,
-    they are in pages of 8-bit numbers: see `pallas_kernels.spec.narrow`.
+    With scales, keys and values are 8-bit floating point, the value turned, [B, Hv, K, tokens of
+    whole blocks]: see `pallas_kernels.spec.quantization`. So is the query, if it has scales, or it
+    is to be rounded likewise. In pages they are 8-bit numbers: see `pallas_kernels.spec.narrow`.
 
     ``Problem.operands`` holds the same tuple with shapes and dtypes in place of arrays.
     """
@@ -58,11 +58,11 @@ class Operands(NamedTuple):
 
     @property
     def is_quantized(self) -> bool:
-        return self.query_scale is not None
+        return self.key_scale is not None and self.page_table is None
 
     @property
     def has_narrow_pages(self) -> bool:
-        return self.key_scale is not None and not self.is_quantized
+        return self.key_scale is not None and self.page_table is not None
 
 
 # Axes of the operands that calls can be folded or divided along: b batch, n query heads, k key
@@ -276,7 +276,8 @@ class Problem:
     @property
     def dtype(self) -> np.dtype:
         """Of the output: that of the query, bfloat16 if elements have 8 bits."""
-        return np.dtype(jnp.bfloat16) if self.operands.is_quantized else self.operands.query.dtype
+        given = np.dtype(self.operands.query.dtype)
+        return given if given.itemsize > 1 else np.dtype(jnp.bfloat16)
 
     @property
     def compute_dtype(self) -> np.dtype:
