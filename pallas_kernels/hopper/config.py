@@ -11,7 +11,7 @@ P_BUFFERS = 2  # for probabilities in shared memory, of visits by turns
 # By the number of consumers: registers of a consumer's thread, and of a producer's, which needs
 # more where it has values to clean. All must fit into what the block is launched with.
 REGISTERS = {
-    1: ((248, 96), (248, 96)),
+    1: ((248, 232), (248, 232)),
     2: ((240, 24), (232, 40)),
     3: ((160, 32), (152, 56)),
     4: ((112, 32), (104, 64)),

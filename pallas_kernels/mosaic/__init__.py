@@ -49,6 +49,7 @@ from pallas_kernels.mosaic.matrix import (
 from pallas_kernels.mosaic.memory import Ref, layout_cast, load, store, tiled_smem
 from pallas_kernels.mosaic.narrow import NARROWED_NUMBERS, narrow_rows
 from pallas_kernels.mosaic.numbers import copy_number_in, wait_numbers
+from pallas_kernels.mosaic.ordered import store_for_widened_rows, store_from_widened_columns
 from pallas_kernels.mosaic.rows import store_rows
 from pallas_kernels.mosaic.squares import store_operand, store_turned
 from pallas_kernels.mosaic.sums import (
@@ -80,8 +81,6 @@ from pallas_kernels.mosaic.values import (
 from pallas_kernels.mosaic.warps import maximum_if_much, scaled_rows
 from pallas_kernels.mosaic.widen import (
     WIDENED_COLUMNS,
-    store_for_widened_rows,
-    store_from_widened_columns,
     widened_columns,
     widened_rows,
 )
