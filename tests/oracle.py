@@ -54,17 +54,17 @@ def computation(
 def expected(case: Case, arrays: Arrays) -> Results:
     """The reference in float64."""
     wide = {k: x.astype(np.float64) if _is_floating(x) else x for k, x in arrays.items()}
-    with _on_a_cpu(), jax.enable_x64(True):
+    with on_a_cpu(), jax.enable_x64(True):
         return evaluate(case, wide, reference_in(None))
 
 
 def attainable(case: Case, arrays: Arrays) -> Results:
     """The reference with everything in the dtype of the case."""
-    with _on_a_cpu():
+    with on_a_cpu():
         return evaluate(case, arrays, reference_in(jnp.dtype(case.dtype)))
 
 
-def _on_a_cpu() -> Any:
+def on_a_cpu() -> Any:
     """Where a GPU is tested, too: for it, what is right would take long to compile."""
     return jax.default_device(jax.local_devices(backend="cpu")[0])
 

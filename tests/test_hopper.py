@@ -379,7 +379,8 @@ def test_more_than_two_to_the_31_elements() -> None:
 def test_more_than_65535_heads_in_all() -> None:
     q, k, v = (_normal(i, 1100, 64, 64, 64) for i in range(3))
     out = _attention(q, k, v)
-    assert jnp.array_equal(out[-1:], _attention(q[-1:], k[-1:], v[-1:]))
+    few = slice(-33, None)  # as many tiles as choose the same configuration
+    assert jnp.array_equal(out[few], _attention(q[few], k[few], v[few]))
 
 
 def test_staging_fills_each_place_in_turn() -> None:

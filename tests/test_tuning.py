@@ -1,5 +1,6 @@
 """The tables of configurations: what is in them, and what is taken from them."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -57,7 +58,6 @@ def test_lookup_takes_the_next_head_dim_and_the_nearest_length() -> None:
     assert tuning.hopper_config(_problem(1024, 64)) == _row("full", 64, 1024)
     assert tuning.hopper_config(_problem(2047, 40)) == _row("full", 64, 2048)
     assert tuning.hopper_config(_problem(2048, 40)) == _row("full", 64, 2048)
-    assert tuning.hopper_config(_problem(8, 64)) == _row("full", 64, 512)
     assert tuning.hopper_config(_problem(10**6, 72, is_causal=True)) == _row("band", 128, 16384)
     assert _row("full", 64, 1024) != _row("full", 64, 2048)
 
@@ -82,6 +82,15 @@ def test_few_tiles_are_made_more(T: int, N: int, H: int, is_causal: bool, consum
     config = tuning.hopper_config(problem)
     assert config.consumers == consumers
     assert config.staging(H, H) is not None
+
+
+@pytest.mark.parametrize(
+    ("T", "consumers"), [(1, 1), (64, 1), (65, 2), (192, 3), (193, 4), (512, 4)]
+)
+def test_consumers_have_rows(T: int, consumers: int) -> None:
+    config = tuning.hopper_config(_problem(T, 64, N=1000))
+    of_table = _row("full", 64, 512)
+    assert config == dataclasses.replace(of_table, consumers=consumers, ping_pong=consumers > 1)
 
 
 def test_lookup_leaves_what_was_not_measured_to_the_default() -> None:

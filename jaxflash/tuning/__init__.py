@@ -61,7 +61,9 @@ def hopper_config(problem: spec.Problem) -> hopper.Config:
     rows = [r for r in rows if r["head_dim"] == min(head_dims)]
     row = min(rows, key=lambda r: abs(math.log(r["length"] / max(kind.length, 1))))
     config = hopper.Config(**row["config"])
-    return _for_few_tiles(problem, kind, config) if kind.mask in ("full", "band") else config
+    if kind.mask in ("full", "band"):
+        config = _for_few_tiles(problem, kind, config)
+    return _no_taller(config, problem.T)
 
 
 def _for_few_tiles(problem: spec.Problem, kind: Kind, config: hopper.Config) -> hopper.Config:
@@ -93,6 +95,14 @@ def _for_few_tiles(problem: spec.Problem, kind: Kind, config: hopper.Config) -> 
     if kind.head_dim <= 64 or (few == 1 and kind.head_dim <= 128):
         return dataclasses.replace(found, overlaps=False, parts=2 * few)
     return found
+
+
+def _no_taller(config: hopper.Config, T: int) -> hopper.Config:
+    """The same without consumers that would have no rows in any tile."""
+    consumers = min(config.consumers, -(-T // config.rows))
+    return dataclasses.replace(
+        config, consumers=consumers, ping_pong=config.ping_pong and consumers > 1
+    )
 
 
 def _share(problem: spec.Problem) -> float:
