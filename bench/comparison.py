@@ -70,7 +70,7 @@ def run(table: Table, argv: Sequence[str] | None) -> int:
     for problem in asked:
         cells[problem] = _cells(problem, waiting.pop(problem), clock, options.repeats)
         print(problem.label, *(_short(cell) for cell in cells[problem]), sep="  ", flush=True)
-    publish(table, chosen, cells, device, options.out)
+    publish(table, chosen, cells, device, options.out, results.part(options.only))
     everything = [cell for row in cells.values() for cell in row]
     return int(any(cell.reason and cell.reason.startswith("wrong") for cell in everything))
 
@@ -116,6 +116,7 @@ def publish(
     cells: Mapping[Problem, Sequence[Cell]],
     device: jax.Device,
     out: Path,
+    variant: str = "",
 ) -> None:
     """Prints and writes a table for each heading, and a second one where there is a base."""
     footnotes = results.Footnotes()
@@ -146,7 +147,7 @@ def publish(
     ]
     origin = results.origin(device)
     records = [_record(cell) | origin for cell in everything]
-    report = results.Report(table.name, "", table.title, sections, records)
+    report = results.Report(table.name, variant, table.title, sections, records)
     results.publish(report, device, out)
 
 

@@ -283,7 +283,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sections.append(footnotes.text())
     origin = results.origin(device)
     title = "Decoding and paged attention"
-    report = results.Report("decode", "", title, sections, [r | limits | origin for r in records])
+    found = [r | limits | origin for r in records]
+    report = results.Report("decode", results.part(options.only), title, sections, found)
     results.publish(report, device, options.out)
     return int(any(str(r["reason"]).startswith("wrong") for r in records))
 

@@ -112,7 +112,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         footnotes.text(),
     ]
     origin = results.origin(device)
-    report = results.Report("generation", "", "Generation", sections, [r | origin for r in records])
+    variant = results.part(options.only)
+    report = results.Report(
+        "generation", variant, "Generation", sections, [r | origin for r in records]
+    )
     results.publish(report, device, options.out)
     return 0
 

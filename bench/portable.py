@@ -131,7 +131,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     origin = results.origin(device)
     report = results.Report(
-        "portable", "", "The Triton kernels", sections, [r | origin for r in records]
+        "portable",
+        results.part(options.only),
+        "The Triton kernels",
+        sections,
+        [r | origin for r in records],
     )
     results.publish(report, device, options.out)
     return int(any(r["name"] == _DEFAULT and r["reason"] for r in records))

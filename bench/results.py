@@ -203,6 +203,11 @@ class Report(NamedTuple):
     plot_x_label: str | None = None  # None: the sequence length
 
 
+def part(only: Sequence[str] | None) -> str:
+    """The variant of a table that some rows were asked of: the whole one stays as it is."""
+    return "-part" if only else ""
+
+
 def publish(report: Report, device: jax.Device, out_dir: Path) -> None:
     """Prints a report of what ran on a device, appends its rows, writes its markdown and plot."""
     write(report, device_slug(device), origin_line(device), out_dir)

@@ -127,7 +127,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     origin = results.origin(device)
     report = results.Report(
-        "throughput", "", "Training throughput", sections, [r | origin for r in records]
+        "throughput",
+        results.part(options.only),
+        "Training throughput",
+        sections,
+        [r | origin for r in records],
     )
     results.publish(report, device, options.out)
     return 0
