@@ -373,7 +373,7 @@ def finish(c: Consumer, work: Work, stats: Stats) -> jax.Array:
     scales = c.k.refs.scales
     if scales is None:
         return factor
-    return factor * scales.out[work.batch, c.k.kv_head(work)]
+    return factor * scales.out(work.batch, c.k.kv_head(work))
 
 
 def store(c: Consumer, work: Work, o: tuple[jax.Array, ...], factor: jax.Array) -> None:

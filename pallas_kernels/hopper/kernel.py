@@ -32,23 +32,30 @@ _MANY = 128
 class Scales(NamedTuple):
     """What 8-bit elements mean, as the kernel uses it."""
 
-    query: Any  # [B, blocks of T, N]
+    query: Any  # [B, blocks of T, N]; None: see `Forward.rounds`
     key: Any  # [B, blocks of S, K]
-    # By how much log2 of probabilities is raised: `RANGE`, less where a block of values has a
-    # smaller scale than the largest of its head.
-    shift: Any  # [B, blocks of S, K]
-    out: Any  # [B, K]: what sums of raised probabilities times values are multiplied by
+    value: Any  # likewise
+    largest: Any  # [B, K] of values
 
     @classmethod
     def of(cls, x: spec.Operands) -> "Scales | None":
         """From operands."""
         if not x.is_quantized:
             return None
-        largest = jnp.max(x.value_scale, axis=1)
-        # What is raised by less than -RANGE is zero as an 8-bit number.
-        shift = jnp.log2(x.value_scale / largest[:, None]) + RANGE
-        shift = jnp.maximum(shift, -8 * RANGE)
-        return cls(x.query_scale, x.key_scale, shift, largest * 2.0**-RANGE)
+        return cls(x.query_scale, x.key_scale, x.value_scale, jnp.max(x.value_scale, axis=1))
+
+    def out(self, batch: Any, head: Any) -> Any:
+        """What sums of raised probabilities times values are multiplied by."""
+        return self.largest[batch, head] * 2.0**-RANGE
+
+
+def shift_of(scale: Any, largest: Any) -> Any:
+    """By how much log2 of the probabilities of a block is raised, whose values have a scale.
+
+    `RANGE`, less where that is smaller than the largest of the head.
+    """
+    # What is raised by less than -RANGE is zero as an 8-bit number.
+    return jnp.maximum(jnp.log2(scale) - jnp.log2(largest) + RANGE, -8 * RANGE)
 
 
 def scale_at(scales: Any, batch: Any, token: Any, head: Any) -> Any:

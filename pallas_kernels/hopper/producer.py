@@ -11,7 +11,7 @@ from jax import lax
 from pallas_kernels import mosaic
 from pallas_kernels.common.schedule import Work
 from pallas_kernels.hopper.hidden import Hidden
-from pallas_kernels.hopper.kernel import Forward, Kernel, drain, scale_at
+from pallas_kernels.hopper.kernel import Forward, Kernel, drain, scale_at, shift_of
 from pallas_kernels.hopper.source import Source
 
 
@@ -82,6 +82,7 @@ def produce_keys(k: Forward, work: Work, step: Any) -> Any:
     """Copies K and V of each visit of a tile of queries; returns how many there are."""
     c, r = k.config, k.refs
     walk = k.walk(work)
+    largest = r.scales and r.scales.largest[work.batch, k.kv_head(work)]
 
     def visit(j: Any, _: None) -> None:
         stage, kv_block = lax.rem(step + j, c.stages), walk.tile(j)
@@ -98,9 +99,9 @@ def produce_keys(k: Forward, work: Work, step: Any) -> Any:
         if k.widens:
             start_page_scales(k, source, hidden, stage)
         if scales:
-            for part, numbers in enumerate(scales):
-                for i, number in enumerate(numbers):
-                    r.kv_scale_smem[stage, part, i] = number
+            for part, (of_keys, of_values) in enumerate(scales):
+                r.kv_scale_smem[stage, part, 0] = of_keys
+                r.kv_scale_smem[stage, part, 1] = shift_of(of_values, largest)
             mosaic.commit_smem()
             mosaic.barrier_arrive(r.k_full.at[stage])
         pl.when(again)(lambda: mosaic.barrier_wait(r.v_free.at[stage]))
@@ -113,7 +114,7 @@ def produce_keys(k: Forward, work: Work, step: Any) -> Any:
 
 
 def key_scales(k: Forward, work: Work, kv_block: Any) -> tuple[tuple[Any, Any], ...]:
-    """What the consumers must know of each part of a tile of 8-bit keys and values."""
+    """Of each part of a tile of 8-bit keys and values."""
     scales = k.refs.scales
     if scales is None:
         return ()
@@ -121,7 +122,7 @@ def key_scales(k: Forward, work: Work, kv_block: Any) -> tuple[tuple[Any, Any], 
     key0 = kv_block * k.config.block_kv
     first_keys = (key0 + i * (k.config.block_kv // parts) for i in range(parts))
     return tuple(
-        (scale_at(scales.key, work.batch, key, head), scale_at(scales.shift, work.batch, key, head))
+        (scale_at(scales.key, work.batch, key, head), scale_at(scales.value, work.batch, key, head))
         for key in first_keys
     )
 
