@@ -93,6 +93,12 @@ def test_consumers_have_rows(T: int, consumers: int) -> None:
     assert config == dataclasses.replace(of_table, consumers=consumers, ping_pong=consumers > 1)
 
 
+def test_consumers_of_the_default_have_rows() -> None:
+    problem = _problem(64, 192, 128)
+    assert hopper.Config.default(problem).consumers == 2
+    assert tuning.hopper_config(problem).consumers == 1
+
+
 def test_lookup_leaves_what_was_not_measured_to_the_default() -> None:
     problem = _problem(4096, 192, 128)
     assert tuning.hopper_config(problem) == hopper.Config.default(problem)

@@ -57,7 +57,7 @@ def hopper_config(problem: spec.Problem) -> hopper.Config:
     head_dims = [r["head_dim"] for r in rows if r["head_dim"] >= kind.head_dim]
     # Measured where both head dims are the same: one that is much smaller leaves room for more.
     if not head_dims or problem.Hv <= 128 < problem.H or problem.operands.is_quantized:
-        return hopper.Config.default(problem)
+        return _no_taller(hopper.Config.default(problem), problem.T)
     rows = [r for r in rows if r["head_dim"] == min(head_dims)]
     row = min(rows, key=lambda r: abs(math.log(r["length"] / max(kind.length, 1))))
     config = hopper.Config(**row["config"])

@@ -17,12 +17,12 @@ Shared memory of a block:
     out_smem  [consumers, rows, staging.columns] on its way out
     tile_smem [q_stages] int32                  which tile of queries comes next
 
-Elements of 8 bits have scales (section 3.3), which the producer passes on with each tile; queries
-may be rounded to them here:
+Elements of 8 bits have scales (section 3.3), which the producer passes on with each tile. Queries
+of 16 bits are rounded to 8 by the consumer, where they are:
 
-    q_scale_smem  [q_stages, consumers]; or of those that are rounded
-    q_numbers_smem [consumers, 5], the last one
+    q_scale_smem  [q_stages, consumers]
     kv_scale_smem [stages, scaled_parts, 2]     of keys; log2 of those of values
+    q_numbers_smem [consumers, 5]               in place of the first: largest entries, the scale
 
 So have pages of 8 bits. With them, and where rows are few, tiles are turned, see `orientation`:
 

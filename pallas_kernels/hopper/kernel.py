@@ -87,10 +87,10 @@ class Refs(NamedTuple):
     v_free: mosaic.Ref
     v_raw: mosaic.Ref  # V has arrived, with rows in it that are to be zeroed
     turn: mosaic.Ref  # [consumers]: it is this one's turn to start its products
-    q_given_smem: Any = None  # a matrix likewise, in the same place: Q, if it is to be converted
+    q_given_smem: Any = None  # a matrix likewise, in the same place: Q before it is converted
     # Of elements or pages of 8 bits, float32.
-    q_scale_smem: mosaic.Ref = None  # [q_stages, consumers], if they are given
-    q_numbers_smem: mosaic.Ref = None  # [consumers, 5] if not, the last of them
+    q_scale_smem: mosaic.Ref = None  # [q_stages, consumers], of elements that are given
+    q_numbers_smem: mosaic.Ref = None  # [consumers, 5], of those that are rounded: the last one
     kv_scale_smem: mosaic.Ref = None  # [stages, scaled_parts, 2]: of the keys; shift
     p_smem: mosaic.Ref = None  # [2, rows, block_kv]: of visits by turns, where they are turned
 
@@ -114,7 +114,7 @@ class Forms(NamedTuple):
         assert c.turned or not p.operands.has_narrow_pages, "what is widened is a left operand"
         assert not c.turned or not (p.operands.is_quantized or p.Hv % ROWS), "no product has V^T"
         table = p.operands.page_table
-        # Of 8 bits, queries that are rounded here have strips as they have before.
+        # Queries that are rounded have strips of as many columns as before, and keys like them.
         width = ROWS if sizes.of_query < sizes.given else 0
         return cls(
             q_given=mosaic.Form.of(c.rows, p.H, itemsize=sizes.given),
