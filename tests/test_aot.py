@@ -465,6 +465,10 @@ DECODES = {
 }  # fmt: skip
 
 
+# Bytes of addresses that are stored once a tile, before its visits, and loaded once.
+_SPILLED_SINCE_0_12 = {"fp8-many-rows": 16}
+
+
 @needs_compiler
 @pytest.mark.parametrize("name", DECODES)
 def test_hopper_decode_compiles_without_spills(name: str) -> None:
@@ -486,8 +490,11 @@ def test_hopper_decode_compiles_without_spills(name: str) -> None:
         scale = case.held and jax.ShapeDtypeStruct((700, 8), jnp.float32)
     program = aot.compile_for(attend, query, cache, cache, lengths, table, scale)
     (kernel,) = program.kernels
-    # With JAX 0.10.2 the producer spills addresses where it has values to clean.
-    _assert_fast(kernel, spilled=80 if jax.__version_info__ < (0, 11) else 0)
+    if jax.__version_info__ < (0, 11):  # the producer spills addresses where it cleans values
+        spilled = 80
+    else:
+        spilled = _SPILLED_SINCE_0_12.get(name, 0) if jax.__version_info__ >= (0, 12) else 0
+    _assert_fast(kernel, spilled=spilled)
 
 
 @needs_compiler
