@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Compiles, prints and writes the tables."""
     parser = argparse.ArgumentParser(prog="python -m bench footprint", description=SUMMARY)
     parser.add_argument("--gpu", choices=GPUS, default="h100")
-    parser.add_argument("--only", nargs="+", choices=_TABLES, default=list(_TABLES))
+    parser.add_argument("--only", nargs="+", choices=_TABLES)
     parser.add_argument("--out", type=Path, default=results.RESULTS, metavar="DIR")
     options = parser.parse_args(argv)
     if reason := aot.missing_packages():
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f'`jaxflash` is its backend `{_ours(options.gpu)}`; `standard` is jax.nn, "xla".'
     ]
     records: list[dict[str, Any]] = []
-    for name in options.only:
+    for name in options.only or _TABLES:
         table, rows = _TABLES[name](options.gpu)
         print(table, flush=True)
         sections.append(table)
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     title = f"Memory, compiled for {gpu.description}"
     origin = f"Compiled for {gpu.description} by JAX {jax.__version__}; nothing was run."
     results.write(
-        results.Report("footprint", "", title, sections, records),
+        results.Report("footprint", results.part(options.only), title, sections, records),
         results.slug(gpu.description),
         origin,
         options.out,

@@ -147,10 +147,20 @@ def test_hopper_forward_of_few_tiles_compiles_without_spills(
     ],
     ids=str,
 )
-def test_fp8_compiles_without_spills(head_dim: int, length: int, options: dict[str, Any]) -> None:
-    fn = functools.partial(
-        jaxflash.dot_product_attention, **options, precision="fp8", implementation="hopper"
-    )
+@pytest.mark.parametrize("quantises", [False, True], ids=["rounded", "quantised"])
+def test_fp8_compiles_without_spills(
+    head_dim: int, length: int, options: dict[str, Any], quantises: bool
+) -> None:
+    def fn(*arrays: Any) -> jax.Array:
+        attend = functools.partial(
+            jaxflash.dot_product_attention, **options, implementation="hopper"
+        )
+        if not quantises:
+            return attend(*arrays, precision="fp8")
+        query, key, value = arrays
+        quantize = jaxflash.quantize
+        return attend(quantize(query), quantize(key), quantize(value, is_value=True))
+
     kernels = aot.compile_for(fn, *(_bf16(1, length, 4, head_dim),) * 3, gpu="h100").kernels
     *quantize, forward = kernels
     assert forward.name == "forward_kernel"
@@ -158,8 +168,10 @@ def test_fp8_compiles_without_spills(head_dim: int, length: int, options: dict[s
     if forward.instructions is not None:
         assert forward.count("QGMMA") > 0
         assert forward.count("HGMMA") == 0
-    # That of queries and keys is one; head dims that 64 does not divide are rounded by XLA.
-    assert [x.name for x in quantize] == ["quantize_kernel"] * (0 if head_dim % 64 else 2)
+    # Of keys and of values; head dims that 64 does not divide are rounded by XLA, and so is what
+    # is quantised beforehand, where there are several devices.
+    by_xla = quantises or head_dim % 64
+    assert [x.name for x in quantize] == ["quantize_kernel"] * (0 if by_xla else 2)
     for kernel in quantize:
         _assert_fast(kernel)
 

@@ -115,7 +115,7 @@ class Forms(NamedTuple):
         assert not c.turned or not (p.operands.is_quantized or p.Hv % ROWS), "no product has V^T"
         table = p.operands.page_table
         # Queries that are rounded have strips of as many columns as before, and keys like them.
-        width = ROWS if sizes.of_query < sizes.given else 0
+        width = ROWS if p.operands.rounds_query else 0
         return cls(
             q_given=mosaic.Form.of(c.rows, p.H, itemsize=sizes.given),
             q=mosaic.Form.of(c.rows, p.H, dividing=width, itemsize=sizes.of_query),
@@ -123,7 +123,7 @@ class Forms(NamedTuple):
             v=c.values(p.Hv, sizes),
             out=staging,
             parts=1 if table is None else max(1, c.block_kv // p.operands.key.shape[1]),
-            converts=sizes.of_key < sizes.given,
+            converts=p.operands.has_narrow_pages or p.operands.rounds_query,
         )
 
     def arrays(self, x: spec.Operands) -> spec.Operands:
@@ -136,11 +136,11 @@ class Forms(NamedTuple):
         x = p.operands
         of_k, of_v = self.k.copies_in(self.parts), self.v.copies_in(self.parts)
         others: dict[str, Any] = {}
-        if x.query_scale is not None:
-            others["q_scale_smem"] = mosaic.SMEM((c.q_stages, c.consumers), jnp.float32)
-        elif x.is_quantized:
+        if x.rounds_query:
             numbers = (c.consumers, mosaic.NARROWED_NUMBERS)
             others["q_numbers_smem"] = mosaic.SMEM(numbers, jnp.float32)
+        elif x.is_quantized:
+            others["q_scale_smem"] = mosaic.SMEM((c.q_stages, c.consumers), jnp.float32)
         if x.key_scale is not None:
             of_k += 1  # with the scales of the stage
             shape = (c.stages, self.scaled_parts(c, x), 2)
@@ -360,7 +360,7 @@ class Forward(Kernel):
     @property
     def rounds(self) -> bool:
         """Whether queries are to be rounded to 8 bits."""
-        return self.forms.converts and not self.widens
+        return self.problem.operands.rounds_query
 
     @property
     def scaled_parts(self) -> int:

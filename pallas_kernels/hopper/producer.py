@@ -18,13 +18,13 @@ from pallas_kernels.hopper.source import Source
 def produce(k: Forward) -> None:
     """Copies Q, K and V of each tile of this block."""
     c, r = k.config, k.refs
+    q_smem = r.q_given_smem if k.forms.converts else r.q_smem
 
     def load(round_: Any, step: Any, tile: Any) -> Any:
         work = k.schedule.work(tile)
         stage = announce(k, round_, tile, work)
         for i in range(c.consumers):
             rows = pl.ds(work.q_block * c.block_q + i * c.rows, c.rows)
-            q_smem = r.q_given_smem if k.forms.converts else r.q_smem
             mosaic.copy_in(k.query(work, rows), q_smem.at(stage, i), r.q_full.at[stage])
         return step + produce_keys(k, work, step)
 
@@ -109,7 +109,7 @@ def produce_keys(k: Forward, work: Work, step: Any) -> Any:
 
     lax.fori_loop(0, walk.count, visit, None)
     if k.widens:
-        pl.when(walk.count > 0)(lambda: pass_page_scales(k, step + walk.count - 1))
+        pass_page_scales(k, step + walk.count - 1)
     return walk.count
 
 

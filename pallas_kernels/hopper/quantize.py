@@ -29,7 +29,6 @@ from pallas_kernels.spec import quantization as rules
 
 TOKENS = rules.SCALED
 _WIDTH = 64  # of strips of the result
-_HALVES = (jnp.bfloat16, jnp.float16)
 
 
 class _Form(NamedTuple):
@@ -68,16 +67,20 @@ def rounds_queries(problem: spec.Problem) -> bool:
 
     Each 64 have a scale.
     """
-    x = problem.operands.query
-    return x.dtype in _HALVES and x.size > 0 and x.shape[3] % ROWS == 0
+    return _is_in_strips(problem.operands.query)
 
 
 def supports_quantize(x: Any, device: spec.Device, *, rotate: bool) -> bool:
     """Whether the kernel takes an array [B, T, N, H] on a device."""
     is_here = gpu.is_hopper(device) or mosaic.is_interpreting()
-    is_half = x.dtype in _HALVES
     most = 128 if rotate else 256  # the matrix is in shared memory, too
-    return is_here and is_half and x.size > 0 and x.shape[3] % ROWS == 0 and x.shape[3] <= most
+    return is_here and _is_in_strips(x) and x.shape[3] <= most
+
+
+def _is_in_strips(x: Any) -> bool:
+    """Whether rows of [B, T, N, H] are whole strips of 16 bits, and there are some."""
+    is_half = x.dtype in (jnp.bfloat16, jnp.float16)
+    return is_half and x.size > 0 and x.shape[3] % ROWS == 0
 
 
 @functools.partial(jax.jit, static_argnames=("turned", "rotate"))

@@ -21,7 +21,7 @@ from pallas_kernels.mosaic.dialects import arith, llvm, vector
 from pallas_kernels.mosaic.matrix import Matrix
 from pallas_kernels.mosaic.memory import Ref, ref_type, tiling_of
 from pallas_kernels.mosaic.warps import lane_and_warp
-from pallas_kernels.spec.quantization import DTYPE, LARGEST, LEAST
+from pallas_kernels.spec import quantization as rules
 
 _WARPS, _AT_ONCE = 4, 8
 _ROWS_OF_WARP, _ROWS_AT_ONCE = 16, 4
@@ -69,14 +69,15 @@ def narrow_rows(
 
 
 def _emulate(strips: list[Ref], places: list[Ref], numbers: Ref, count: Any | None) -> None:
-    wide = [strip[...].astype(jnp.float32) for strip in strips]
+    given = jnp.concatenate([strip[...] for strip in strips], axis=1)
     if count is not None:
-        wide = [jnp.where(jnp.arange(len(y))[:, None] < count, y, 0) for y in wide]
-    largest = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(y)) for y in wide))
-    scale = jnp.maximum(largest * (1 / LARGEST), LEAST)
-    for y, place in zip(wide, places, strict=True):
-        place[...] = jnp.clip(y * (1 / scale), -LARGEST, LARGEST).astype(DTYPE)
-    numbers[NARROWED_NUMBERS - 1] = scale
+        given = jnp.where(jnp.arange(len(given))[:, None] < count, given, 0)
+    given = given[None, :, None]  # [B, T, N, H]
+    scales = rules.scales_of(given, "head")
+    narrowed = rules.quantize(given, scales)[0, :, 0]
+    for part, place in zip(jnp.split(narrowed, len(places), axis=1), places, strict=True):
+        place[...] = part
+    numbers[NARROWED_NUMBERS - 1] = scales[0, 0, 0]
 
 
 def _kept(registers: np.ndarray, count: Any) -> np.ndarray:
@@ -130,8 +131,8 @@ def _scale(found: list[np.ndarray], numbers: Any) -> Any:
     mgpu_utils.warpgroup_barrier()
     of_warps = [llvm.load(f32, mgpu_utils.getelementptr(base, [i], f32)) for i in range(_WARPS)]
     largest = functools.reduce(arith.maximumf, of_warps)
-    scale = arith.mulf(largest, mgpu_utils.c(1 / LARGEST, f32))
-    scale = arith.maximumf(scale, mgpu_utils.c(LEAST, f32))
+    scale = arith.mulf(largest, mgpu_utils.c(1 / rules.LARGEST, f32))
+    scale = arith.maximumf(scale, mgpu_utils.c(rules.LEAST, f32))
     llvm.store(scale, mgpu_utils.getelementptr(base, [_WARPS], f32))
     return scale
 

@@ -19,15 +19,15 @@ _BYTES = 4
 _SPLAT = plgpu.Layout.WG_SPLAT
 
 
-def copy_number_in(source: Ref, target: Ref, exists: jax.Array | None = None) -> None:
+def copy_number_in(source: Ref, target: Ref, exists: jax.Array) -> None:
     """Starts the copy of a number of 32 bits; zero, and nothing is read, if it does not exist.
 
     `wait_numbers` waits for it.
     """
     if interpreter.is_interpreting():
-        target[...] = source[...] if exists is None else jnp.where(exists, source[...], 0)
+        target[...] = jnp.where(exists, source[...], 0)
         return
-    count = jnp.int32(_BYTES) if exists is None else jnp.where(exists, _BYTES, 0).astype(jnp.int32)
+    count = jnp.where(exists, _BYTES, 0).astype(jnp.int32)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), _SPLAT))
     def run(_: Any, source: Any, target: Any, count: Any) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jaxlib.mlir import ir
 
@@ -44,24 +43,23 @@ def store_for_widened_rows(x: Matrix, target: Matrix) -> None:
 
     @plgpu.inline_mgpu(arg_types=tuple(ref_type(y) for y in strips + places))
     def run(_: Any, *refs: Any) -> None:
-        given, wanted = np.split(np.array(_addresses(refs), dtype=object), 2)
+        bases = _addresses(refs)
         lane, warp = lane_and_warp()
         # Of eight rows of a strip, a warp has sixteen columns, and a thread four neighbours of a
         # row, which a product takes for two and two of eight columns each.
         row, four = arith.divui(lane, _number(4)), arith.remui(lane, _number(4))
         start = arith.muli(warp, _number(2 * _CHUNK))
-        place = arith.addi(start, arith.muli(four, _number(_CHUNK // 2)))
-        found = []
-        for base in given:
-            for tile in range(tiles):
-                found.append(_load_two(arith.addi(base, _at(row, place, tile))))
+        source = arith.addi(start, arith.muli(four, _number(_CHUNK // 2)))
+        found = [
+            [_load_two(arith.addi(base, _at(row, source, tile))) for tile in range(tiles)]
+            for base in bases[: len(strips)]
+        ]
         mgpu_utils.warpgroup_barrier()  # all have read what is written next
-        place = arith.addi(start, arith.muli(four, _number(_CHUNK // 4)))
-        words = iter(found)
-        for base in wanted:
-            for tile in range(tiles):
-                for half, word in enumerate(next(words)):
-                    column = arith.addi(place, _number(half * _CHUNK))
+        target = arith.addi(start, arith.muli(four, _number(_CHUNK // 4)))
+        for base, of_strip in zip(bases[len(strips) :], found, strict=True):
+            for tile, words in enumerate(of_strip):
+                for half, word in enumerate(words):
+                    column = arith.addi(target, _number(half * _CHUNK))
                     number = _as_float16(word) if is_bfloat16 else word
                     _store(arith.addi(base, _at(row, column, tile)), [number])
 

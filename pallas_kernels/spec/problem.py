@@ -61,6 +61,11 @@ class Operands(NamedTuple):
         return self.key_scale is not None and self.page_table is None
 
     @property
+    def rounds_query(self) -> bool:
+        """Whether the query is quantised, too, as it is read."""
+        return self.is_quantized and self.query_scale is None
+
+    @property
     def has_narrow_pages(self) -> bool:
         return self.key_scale is not None and self.page_table is not None
 
