@@ -2,9 +2,7 @@
 
 import dataclasses
 import doctest
-import importlib
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +22,6 @@ from tests import oracle
 from tests.test_conformance import INTERPRETS, ON_GPU, marks, running
 
 BACKENDS = ("hopper", "triton", "xla")
-# The package has a function of this name.
-hopper_decode: Any = importlib.import_module("pallas_kernels.hopper.decode")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +40,6 @@ class Call:
     dtype: str = "bfloat16"
     held: str | None = None  # dtype of pages of 8 bits
     sizes: int = 0  # values of pages differ by up to so many powers of two; keys by a few
-    as_if_long: bool = False  # `hopper` takes tiles as large as where there are many keys
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     only_gpu: bool = False
 
@@ -60,13 +55,13 @@ CALLS = [
     Call("empty_sequence", (0, 300), H=64),
     Call("several_tokens", (500, 140), H=64, T=5),
     Call("longer_than_held", (3, 400), T=7),
-    Call("many_rows", (200, 77), T=16, N=16, K=2, S=256, as_if_long=True),
+    Call("many_rows", (200, 77), T=16, N=16, K=2, S=256),
     Call("multi_query", (500, 31), N=8, K=1, H=128),
     Call("key_dim", (300, 31), H=80, Hv=64),
     Call("value_dim_192", (300, 31), H=128, Hv=192),
     Call("every_head_its_own", (257, 128), K=4),
     Call("value_dim", (500, 31), H=24, Hv=40),
-    Call("odd_capacity", (300, 17), S=301, as_if_long=True),
+    Call("odd_capacity", (300, 17), S=301),
     Call("float16", (500, 31), H=64, dtype="float16"),
     Call("window", (500, 90), H=64, T=2, options={"local_window_size": (100, 0)}),
     Call("window_ahead", (500, 90), T=3, options={"local_window_size": (64, 64)}),
@@ -78,8 +73,8 @@ CALLS = [
     Call("pages_32", (500, 33), T=2, page_size=32, H=24),
     Call("pages_64", (512, 64), H=64, page_size=64),
     Call("pages_128", (129, 400), page_size=128, N=8),
-    Call("pages_256", (257, 256, 0), H=64, page_size=256, as_if_long=True),
-    Call("pages_everything", (500, 300), H=64, T=2, page_size=16, as_if_long=True, options={
+    Call("pages_256", (257, 256, 0), H=64, page_size=256),
+    Call("pages_everything", (500, 300), H=64, T=2, page_size=16, options={
         "local_window_size": (150, 0), "logits_soft_cap": 3.0, "alibi_slopes": _SLOPES,
         "sinks": _SINKS, "scale": 0.3,
     }),
@@ -204,8 +199,7 @@ def _attend(call: Call, backend: Any) -> tuple[jax.Array, jax.Array]:
         return jaxflash.paged_attention(query, *cache[:3], lengths, **scales, **options)
 
     cache = (key, value) if call.page_size is None else _paged(call, key, value)
-    few = 0 if call.as_if_long else hopper_decode._FEW_KEYS
-    with running(backend), mock.patch.object(hopper_decode, "_FEW_KEYS", few):
+    with running(backend):
         return jax.block_until_ready(run(query, lengths, *cache))
 
 

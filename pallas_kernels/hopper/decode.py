@@ -24,14 +24,15 @@ from pallas_kernels.hopper.config import ROWS, Config, Sizes
 from pallas_kernels.hopper.kernel import Forward
 from pallas_kernels.hopper.launch import launch, supports
 
-_STAGES, _STAGES_TO_WIDEN = (6, 5, 4, 3, 2), (4, 3, 2)
+# Bytes of keys and values that are on their way to a block at the same time: more come more slowly,
+# with less a block waits (bench/LOG.md, decoding). For 8 bits as many as there is room for.
+_IN_FLIGHT, _STAGES_TO_WIDEN = 64 * 1024, 4
 # In bytes of keys and values that are read in the same time: what a part of a walk costs beside
 # them, and what it costs that there are parts to merge. And what share of a part the last block is
 # late by where sequences differ. The first two measured (bench/LOG.md, decoding), the third a
 # compromise.
 _COST_OF_PART, _COST_OF_MERGE, _LATE = 45_000, 40_000, 1 / 12
 _MAX_PARTS = 32
-_FEW_KEYS = 1024  # of a block (bench/LOG.md, decoding)
 # Of queries, with which products are turned; those of 8-bit numbers are, whatever the rows.
 _FEW_ROWS, _FEW_ROWS_TO_WIDEN = (8, 16), (8, 16, 32)
 
@@ -107,18 +108,19 @@ def decode(
 
 
 def decode_config(problem: spec.Problem) -> Config:
-    """Large tiles, for few visits, and as many stages as there is room for.
+    """Tiles as small as can be, and as many stages as what they bring in may be on its way.
 
-    Where a block has few keys, small tiles: its first product starts earlier.
+    A consumer of 8-bit numbers has more to do for each tile, and had better have fewer.
     """
     p, rows = problem, _rows(problem)
     widens = p.operands.has_narrow_pages
-    is_short = _tiles(p) * _keys(p) <= _FEW_KEYS * gpu.multiprocessors(p.device)
-    is_large = max(p.H, p.Hv) > 128 or (widens and rows > max(_FEW_ROWS))
-    for stages in _STAGES_TO_WIDEN if widens else _STAGES:
+    is_large = max(p.H, p.Hv) > 128 or rows > max(_FEW_ROWS)
+    block_kv = 2 * ROWS if widens and not is_large else ROWS
+    most = _IN_FLIGHT // (2 * block_kv * (p.H + p.Hv))
+    for stages in range(_STAGES_TO_WIDEN if widens else max(most, 2), 1, -1):
         c = Config(
             consumers=1,
-            block_kv=ROWS if is_short or is_large else 2 * ROWS,
+            block_kv=block_kv,
             stages=stages,
             q_stages=1,
             rows=rows,
