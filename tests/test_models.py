@@ -24,6 +24,7 @@ from bench.models.generate import (
     sample,
     structure_of,
 )
+from bench.models.packing import pack
 
 pytestmark = pytest.mark.bench
 
@@ -86,6 +87,26 @@ def test_tokens_one_by_one_give_what_all_give(name: str, attention: Attention) -
             token = jnp.take_along_axis(tokens, at, axis=1)
             logits, held = nnx.merge(*model).extend(token, held)
         assert held[-1].lengths.tolist() == [18, 13]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_packing_changes_no_result(name: str) -> None:
+    """Of many rows, and of one, whose products are sums."""
+
+    def shifted(x: jax.Array) -> jax.Array:
+        return x + 0.1 * jnp.sin(jnp.arange(x.size)).reshape(x.shape)
+
+    model = Decoder(_small(name), dtype=jnp.float32, rngs=nnx.Rngs(0))
+    # Norms and biases are trivial at first.
+    nnx.update(model, jax.tree.map(shifted, nnx.state(model, nnx.Param)))
+    tokens = jax.random.randint(jax.random.key(0), (2, 20), 0, 61)
+    inputs = tokens, tokens[:1, :1]
+    want = [model(x) for x in inputs]
+    pack(model)
+    matrices = [x for x in jax.tree.leaves(nnx.state(model, nnx.Param)) if x.ndim > 1]
+    assert len(matrices) <= 4 * 2 + 3  # of two layers, and embeddings and the head
+    for x, logits in zip(inputs, want, strict=True):
+        np.testing.assert_allclose(model(x), logits, atol=1e-5)
 
 
 def test_sampling() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from jax import lax
 import jaxflash
 from bench.models.config import Config
 from bench.models.decoder import Attention, Cache, Decoder
+from bench.models.packing import pack
 
 Caches = tuple[Cache, ...]
 
@@ -24,21 +26,39 @@ class Model(NamedTuple):
     parameters: Any
 
 
-def random_model(config: Config, attention: Attention, dtype: Any = jnp.bfloat16) -> Model:
-    """With random weights, made on the device by one program."""
+def random_model(
+    config: Config, attention: Attention, dtype: Any = jnp.bfloat16, *, packed: bool = False
+) -> Model:
+    """With random weights, made on the device; ``packed``: see `packing`."""
+    of_one = dataclasses.replace(config, layers=1)  # which compiles soon
 
-    def make() -> Any:
-        rngs = nnx.Rngs(jax.random.key(0, impl="rbg"))  # compiles several times faster
-        return nnx.state(Decoder(config, attention=attention, dtype=dtype, rngs=rngs))
+    @jax.jit
+    def make(seed: jax.Array) -> Any:
+        rngs = nnx.Rngs(jax.random.key(seed, impl="rbg"))  # likewise
+        return nnx.state(_decoder(of_one, attention, dtype, packed, rngs))
 
-    return Model(structure_of(config, attention, dtype), jax.jit(make)())
+    parameters = make(0)
+    for i in range(1, config.layers):
+        parameters["blocks"][i] = make(i)["blocks"][0]
+    return Model(structure_of(config, attention, dtype, packed=packed), parameters)
 
 
-def structure_of(config: Config, attention: Attention, dtype: Any = jnp.bfloat16) -> Any:
+def structure_of(
+    config: Config, attention: Attention, dtype: Any = jnp.bfloat16, *, packed: bool = False
+) -> Any:
     """Of the same decoder; no array is made."""
     return nnx.graphdef(
-        nnx.eval_shape(lambda: Decoder(config, attention=attention, dtype=dtype, rngs=nnx.Rngs(0)))
+        nnx.eval_shape(lambda: _decoder(config, attention, dtype, packed, nnx.Rngs(0)))
     )
+
+
+def _decoder(
+    config: Config, attention: Attention, dtype: Any, packed: bool, rngs: nnx.Rngs
+) -> Decoder:
+    model = Decoder(config, attention=attention, dtype=dtype, rngs=rngs)
+    if packed:
+        pack(model)
+    return model
 
 
 def contiguous_caches(
@@ -110,13 +130,21 @@ def decode(
     """
     model = nnx.merge(structure, parameters)
 
-    def step(state: tuple[jax.Array, Caches], key: jax.Array) -> Any:
-        logits, caches = state
+    def step(state: Any, key: jax.Array) -> Any:
+        logits, lengths, caches = state
         token = sample(logits, key, temperature)
-        return model.extend(token[:, None], caches), token
+        logits, caches = model.extend(token[:, None], _holding(caches, lengths))
+        return (logits, caches[0].lengths, _holding(caches, None)), token
 
-    (logits, caches), tokens = lax.scan(step, (logits, caches), jax.random.split(key, steps))
-    return tokens.T, logits, caches
+    # The lengths of all caches are alike, and carried once.
+    state = logits, caches[0].lengths, _holding(caches, None)
+    (logits, lengths, caches), tokens = lax.scan(step, state, jax.random.split(key, steps))
+    return tokens.T, logits, _holding(caches, lengths)
+
+
+def _holding(caches: Caches, lengths: Any) -> Caches:
+    """The same with other lengths, or without."""
+    return tuple(dataclasses.replace(cache, lengths=lengths) for cache in caches)
 
 
 def sample(logits: jax.Array, key: jax.Array, temperature: float | jax.Array) -> jax.Array:
