@@ -41,18 +41,19 @@ class Projection(nnx.Module):
         self.bias = nnx.data(bias)
         self.epsilon = epsilon
         self.axes = axes
-        self.rows = slice(first, first + math.prod(shape))
+        self.first = first
         self.shape = shape
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., *inputs] to [..., *shape], in the same type."""
         x = x.reshape(*x.shape[: -self.axes], -1)
-        y = _product(x, self.matrix[...])[..., self.rows].astype(jnp.float32)
+        rows = slice(self.first, self.first + math.prod(self.shape))
+        y = _product(x, self.matrix[...])[..., rows].astype(jnp.float32)
         if self.epsilon is not None:
             mean = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
             y = y * lax.rsqrt(mean + self.epsilon)
         if self.bias is not None:
-            y = y + self.bias[self.rows]
+            y = y + self.bias[rows]
         return y.astype(x.dtype).reshape(*x.shape[:-1], *self.shape)
 
 
