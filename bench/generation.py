@@ -88,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "context": p.context,
                 "attention": name,
                 "kind": kind,
+                "is_packed": True,
                 "tokens_per_s": rates.get((name, kind)),
                 "reason": reasons.get((name, kind)),
                 "bound_tokens_per_s": bound,

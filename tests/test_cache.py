@@ -100,14 +100,38 @@ def test_a_token_without_a_page_is_dropped(missing: int) -> None:
         assert np.isnan(np.asarray(pages)[[2, 4, 5, 7]]).all()
 
 
+def _assert_unchanged(before: Any, after: Any) -> None:
+    for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@KINDS
+@pytest.mark.parametrize("x64", [False, True])
+def test_one_token_of_one_sequence(kind: str, x64: bool) -> None:
+    """Which has a way of its own: it is written where it belongs, or not at all."""
+    with jax.enable_x64(x64):
+        cache = contiguous(1, 32) if kind == "contiguous" else paged([[5, 2]])
+        append = jax.jit(type(cache).append)
+        prompt, token = kv(1, 31), kv(1, 1, seed=1)
+        cache = append(cache, *prompt)
+        _assert_unchanged(cache, append(cache, *token, jnp.array([0], jnp.int32)))
+        cache = append(cache, *token)
+        assert_holds(cache, [joined(cut(prompt, 0, 31), cut(token, 0, 1))])
+        _assert_unchanged(cache, append(cache, *kv(1, 1, seed=2)))
+
+
+@pytest.mark.parametrize("missing", [-1, -7, 8, 2**31 - 1, -(2**31)])
+def test_one_token_without_a_page_is_dropped(missing: int) -> None:
+    cache = paged([[3, missing]], [16])
+    _assert_unchanged(cache, jax.jit(PagedKVCache.append)(cache, *kv(1, 1)))
+
+
 @KINDS
 def test_negative_lengths_write_nothing(kind: str) -> None:
     cache = empty(kind)
     broken = jax.tree.map(lambda x: x, cache)
     object.__setattr__(broken, "lengths", jnp.array([-2, 2**31 - 1], jnp.int32))
-    after = broken.append(*kv(2, 5))
-    for x, y in zip(jax.tree.leaves(broken), jax.tree.leaves(after), strict=True):
-        np.testing.assert_array_equal(x, y)
+    _assert_unchanged(broken, broken.append(*kv(2, 5)))
 
 
 @KINDS

@@ -105,8 +105,8 @@ def prefill(
 
 
 _OPTIONS = {
-    # So that the projections of one input, and the MLP's two, are one product each: XLA merges
-    # matrices of up to 32 MB by default.
+    # So that the projections of one input, and the MLP's two, are one product each where they are
+    # not packed: XLA merges matrices of up to 32 MB by default.
     "xla_gpu_dot_merger_threshold_mb": 1024,
     # So that kernels which do not depend on each other run at the same time.
     "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
@@ -130,21 +130,22 @@ def decode(
     """
     model = nnx.merge(structure, parameters)
 
-    def step(state: Any, key: jax.Array) -> Any:
-        logits, lengths, caches = state
+    def step(state: tuple[jax.Array, Caches], key: jax.Array) -> Any:
+        logits, caches = state
         token = sample(logits, key, temperature)
-        logits, caches = model.extend(token[:, None], _holding(caches, lengths))
-        return (logits, caches[0].lengths, _holding(caches, None)), token
+        logits, caches = model.extend(token[:, None], caches)
+        return (logits, _others_with(None, caches)), token
 
-    # The lengths of all caches are alike, and carried once.
-    state = logits, caches[0].lengths, _holding(caches, None)
-    (logits, lengths, caches), tokens = lax.scan(step, state, jax.random.split(key, steps))
-    return tokens.T, logits, _holding(caches, lengths)
+    # Lengths are alike, and `extend` reads those of the first: the others would be copied along.
+    state = logits, _others_with(None, caches)
+    (logits, caches), tokens = lax.scan(step, state, jax.random.split(key, steps))
+    return tokens.T, logits, _others_with(caches[0].lengths, caches)
 
 
-def _holding(caches: Caches, lengths: Any) -> Caches:
-    """The same with other lengths, or without."""
-    return tuple(dataclasses.replace(cache, lengths=lengths) for cache in caches)
+def _others_with(lengths: Any, caches: Caches) -> Caches:
+    """The same, with these lengths in all but the first."""
+    first, *others = caches
+    return first, *(dataclasses.replace(cache, lengths=lengths) for cache in others)
 
 
 def sample(logits: jax.Array, key: jax.Array, temperature: float | jax.Array) -> jax.Array:

@@ -1,8 +1,9 @@
 """A model's matrices as decoding reads them: turned, and those of one input in one.
 
 Decoding one sequence reads every matrix for one row. Of a matrix [inputs, outputs] XLA makes a
-product in parts and a kernel that adds them up; of [outputs, inputs] a sum along rows, which needs
-no such kernel and reads faster (bench/LOG.md). Several matrices are one sum only as one array.
+product in parts and a kernel that adds them up. With a matrix [outputs, inputs] it can be written
+as a sum along rows, which needs no such kernel and reads faster; of several matrices only if they
+are one array. Prefill of long prompts becomes slower by some percent (bench/LOG.md).
 
 An RMS norm before a matrix scales columns, which the matrix can do beforehand, and rows, which can
 be done to what the product gives: the product then waits for no norm.
@@ -65,7 +66,7 @@ class Same(nnx.Module):
 
 
 def pack(model: Decoder) -> None:
-    """Replaces the projections of a model, and the RMS norms before them."""
+    """Replaces the projections of a model, and RMS norms of which they are all that follows."""
     for block in model.blocks:
         has_own_norms = block.mlp_norm is not None
         norm = _take_norm(block, "attention_norm") if has_own_norms else None
@@ -98,6 +99,7 @@ def _replace(owner: Any, names: Sequence[str], norm: nnx.RMSNorm | None = None) 
         turned = (turned * norm.scale[...].astype(jnp.float32)).astype(turned.dtype)
     matrix = nnx.Param(turned)
     biases = [layer.bias[...].reshape(-1) for layer in layers if layer.bias is not None]
+    assert len(biases) in (0, len(layers)), "all layers of one input have a bias, or none"
     bias = nnx.Param(jnp.concatenate(biases)) if biases else None
     epsilon = None if norm is None else norm.epsilon
     first = 0
@@ -111,7 +113,7 @@ def _axes(features: int | Sequence[int]) -> tuple[int, ...]:
 
 
 def _product(x: jax.Array, matrix: jax.Array) -> jax.Array:
-    """[..., inputs] to [..., outputs]."""
+    """[..., inputs] to [..., outputs]; of one row in float32, as it is summed."""
     if x.size == x.shape[-1]:  # one row
         products = x.reshape(-1).astype(jnp.float32) * matrix.astype(jnp.float32)
         return jnp.sum(products, axis=-1).reshape(*x.shape[:-1], -1)

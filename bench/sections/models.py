@@ -78,13 +78,18 @@ def generation_rates(found: Found) -> str:
         if ours and ours["tokens_per_s"]:
             share = f"{ours['tokens_per_s'] / ours['bound_tokens_per_s']:.0%}"
         ratio = quotient(rates[1], rates[0])
-        cells = [model, str(context), *map(number, rates), ratio, share]
+        matrices = ("packed" if ours.get("is_packed") else "as trained") if ours else ""
+        cells = [model, str(context), matrices, *map(number, rates), ratio, share]
         lines.append([*cells, number(claim.standard), number(claim.flash)])
     headers = [
-        "model", "context", "standard", "jaxflash", "ratio", "of the memory's bound",
+        "model", "context", "matrices", "standard", "jaxflash", "ratio", "of the memory's bound",
         "seed: Standard", "seed: Flash",
     ]  # fmt: skip
-    how = "Measured (`python -m bench generation`): decoding at batch 1, random weights."
+    how = (
+        "Measured (`python -m bench generation`): decoding at batch 1, random weights. Packed "
+        "matrices are turned, and those of one input are one, for both kinds of attention "
+        "([packing](models/packing.py))."
+    )
     if "generation" not in found.rows:
         how = found.command("generation")
     return section("Generation, tokens a second", how, markdown_table(headers, lines))

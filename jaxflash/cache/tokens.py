@@ -92,7 +92,7 @@ def write(
 def _write_one(x: Any, token: Any, row: Any, place: Any) -> Any:
     """The same of one token; XLA makes one short kernel of it, and a long one of a scatter."""
     row, place = jnp.reshape(row, ()), jnp.reshape(place, ())
-    at = row, place, 0, 0
+    at = row, place, np.int32(0), np.int32(0)  # of one type, as they must be
     exists = (row < x.shape[0]) & (place < x.shape[1])
     old = lax.dynamic_slice(x, at, token.shape)
     return lax.dynamic_update_slice(x, jnp.where(exists, token, old), at)

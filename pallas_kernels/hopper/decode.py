@@ -24,9 +24,10 @@ from pallas_kernels.hopper.config import ROWS, Config, Sizes
 from pallas_kernels.hopper.kernel import Forward
 from pallas_kernels.hopper.launch import launch, supports
 
-# Bytes of keys and values that are on their way to a block at the same time: more come more slowly,
-# with less a block waits (bench/LOG.md, decoding). For 8 bits as many as there is room for.
-_IN_FLIGHT, _STAGES_TO_WIDEN = 64 * 1024, 4
+# The most stages, and the bytes of keys and values that are on their way to a block, unless two
+# stages have more: with more all come more slowly, with less a block waits. Those of 8 bits wait
+# for their consumer, whatever their number (bench/LOG.md, decoding).
+_STAGES, _STAGES_TO_WIDEN, _IN_FLIGHT = 6, 4, 64 * 1024
 # In bytes of keys and values that are read in the same time: what a part of a walk costs beside
 # them, and what it costs that there are parts to merge. And what share of a part the last block is
 # late by where sequences differ. The first two measured (bench/LOG.md, decoding), the third a
@@ -108,7 +109,7 @@ def decode(
 
 
 def decode_config(problem: spec.Problem) -> Config:
-    """Tiles as small as can be, and as many stages as what they bring in may be on its way.
+    """Small tiles, and as many stages as may be on their way.
 
     A consumer of 8-bit numbers has more to do for each tile, and had better have fewer.
     """
@@ -116,8 +117,9 @@ def decode_config(problem: spec.Problem) -> Config:
     widens = p.operands.has_narrow_pages
     is_large = max(p.H, p.Hv) > 128 or rows > max(_FEW_ROWS)
     block_kv = 2 * ROWS if widens and not is_large else ROWS
-    most = _IN_FLIGHT // (2 * block_kv * (p.H + p.Hv))
-    for stages in range(_STAGES_TO_WIDEN if widens else max(most, 2), 1, -1):
+    of_stage = block_kv * (p.H + p.Hv) * p.operands.key.dtype.itemsize
+    most = _STAGES_TO_WIDEN if widens else min(max(_IN_FLIGHT // of_stage, 2), _STAGES)
+    for stages in range(most, 1, -1):
         c = Config(
             consumers=1,
             block_kv=block_kv,
@@ -128,7 +130,7 @@ def decode_config(problem: spec.Problem) -> Config:
         )
         if c.staging(p.H, p.Hv, Sizes.of(p.operands)) is not None:
             return c
-    raise AssertionError("two stages of 64 keys always fit")
+    raise AssertionError("two stages always fit")
 
 
 def _rows(problem: spec.Problem) -> int:

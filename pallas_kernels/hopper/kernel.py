@@ -27,7 +27,6 @@ RANGE_OF_HALF = 12.0  # the same for float16, where what is small would be lost
 # as they are, which saves more instructions than it costs where there are many columns.
 PATIENCE = 8.0
 _MANY = 128
-_FEW_ROUNDS = 8  # in which blocks that are dealt tiles of one length end at about the same time
 
 
 class Scales(NamedTuple):
@@ -221,14 +220,6 @@ class Kernel:
         return False
 
     @property
-    def deals_tiles(self) -> bool:
-        """Whether a block knows its tiles from its number, and takes none from a counter.
-
-        All tiles should take as long. To zero a counter before a kernel takes 1.3 us.
-        """
-        return False
-
-    @property
     def takes_first(self) -> bool:
         """Whether a block takes its first tile as it takes the others: none has one before it runs.
 
@@ -337,11 +328,6 @@ class Forward(Kernel):
     @property
     def one_tile_each(self) -> bool:
         return self.schedule.tiles <= self.blocks
-
-    @property
-    def deals_tiles(self) -> bool:
-        p, rounds = self.problem, self.schedule.tiles / self.blocks
-        return p.band.is_unbounded and not p.masks_by_data and rounds <= _FEW_ROUNDS
 
     def walk(self, work: Work) -> Walk:
         """The tiles of keys that a tile of queries visits."""

@@ -46,22 +46,17 @@ def each_tile(
     block, zero, blocks = lax.axis_index("block"), jnp.int32(0), k.blocks
     if k.one_tile_each:  # no numbers to take, nor a counter to zero beforehand
         return jnp.int32(1), load(zero, state, block), block + k.schedule.tiles
-    counter = None if k.deals_tiles else mosaic.counter()
+    counter = mosaic.counter()
 
     def take() -> Any:
         mosaic.take_number(counter, ticket, blocks)
         mosaic.commit_smem()
         return mosaic.uniform(ticket[0])
 
-    def next_of(tile: Any) -> Any:
-        if k.deals_tiles:
-            return tile + blocks
-        return (0 if k.takes_first else blocks) + take()
-
     def one(carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         round_, state, tile = carry
         state = load(round_, state, tile)
-        return round_ + 1, state, next_of(tile)
+        return round_ + 1, state, (0 if k.takes_first else blocks) + take()
 
     if mosaic.is_interpreting():
         ticket[0] = block - blocks
