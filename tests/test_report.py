@@ -103,7 +103,13 @@ def test_report_without_results_says_what_to_run(tmp_path: Path) -> None:
 
 def test_report_shows_the_newest_figures(tmp_path: Path) -> None:
     """Figures in the report are those of the results, with ratios of them."""
-    key = {"model": "llama-2-7b", "kind": "decode", "context": 2048, "bound_tokens_per_s": 200.0}
+    key = {
+        "model": "llama-2-7b",
+        "kind": "decode",
+        "context": 2048,
+        "bound_tokens_per_s": 200.0,
+        "is_packed": True,
+    }
     _write(
         tmp_path,
         "generation",
@@ -126,7 +132,7 @@ def test_report_shows_the_newest_figures(tmp_path: Path) -> None:
         for line in out.read_text(encoding="utf-8").splitlines()
         if line.startswith("|")
     ]
-    assert ["llama-2-7b", "2048", "120", "180", "1.50", "90%", "42", "62"] in cells
+    assert ["llama-2-7b", "2048", "packed", "120", "180", "1.50", "90%", "42", "62"] in cells
     row = ["llama-2-13b", "4 x 2048", "scaled", "2", "-", "4", "2.00", "-", "50%", "0.6", "1.7"]
     assert row in cells
 
