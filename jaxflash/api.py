@@ -1,5 +1,6 @@
 """The public functions."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -72,18 +73,19 @@ def dot_product_attention(
       query_seq_lengths: int32 ``[*B]``; rows from there on see nothing.
       key_value_seq_lengths: int32 ``[*B]``; keys from there on are seen by nobody.
       local_window_size: ``(left, right)``, or an int for both: position i sees keys
-        ``i - left <= j <= i + right``.
+        ``i - left <= j <= i + right``; 2**29 or more is no limit.
       implementation: None picks the fastest backend that supports the call; a name (``"hopper"``,
         ``"triton"``, ``"xla"``, ``"reference"``) insists on one and raises its reason if it
         refuses.
       return_residual: also return the lse.
-      query_offset: position of query row 0 on the key axis, int or int32 ``[]`` or ``[*B]``; 0 by
-        default. ``S - T`` makes causal attention bottom-right aligned.
+      query_offset: position of query row 0 on the key axis, int or int32 ``[]`` or ``[*B]``, within
+        2**30 of 0, the default. ``S - T`` makes causal attention bottom-right aligned.
       query_segment_ids: int32 ``[*B, T]``; a row sees the keys of its own segment.
       key_value_segment_ids: int32 ``[*B, S]``; goes with ``query_segment_ids``.
       logits_soft_cap: logits become ``cap * tanh(s / cap)``.
       alibi_slopes: floating ``[N]``; ``slope * |i - j|`` is subtracted. Differentiable.
       sinks: floating ``[N]``; one logit a head that takes weight and has no value. Differentiable.
+        A row that sees no key is empty all the same: its lse is -inf.
       score_mod: ``score_mod(score, b, h, q_idx, kv_idx) -> score``, written for scalars in plain
         jnp; ``b`` counts the flattened batch, ``q_idx`` is the position (row + query_offset). It
         may capture arrays, and they receive gradients, summed within a tile in their own dtype:
@@ -194,6 +196,8 @@ def explain(
       reference  would run if asked for
     """
     del return_residual
+    for name in options.keys() - inspect.signature(dot_product_attention).parameters.keys():
+        raise TypeError(f"dot_product_attention has no argument {name}")
     given = {"query": query, "key": key, "value": value, "bias": bias, "mask": mask, **options}
     abstract = {k: x for k, x in given.items() if isinstance(x, jax.ShapeDtypeStruct)}
     concrete = {k: x for k, x in given.items() if k not in abstract}
@@ -275,7 +279,8 @@ def merge(
       lse_b: its lse.
 
     Returns:
-      Output in the dtype of ``out_a`` and lse. Associative up to rounding; differentiable.
+      Output in the dtype of ``out_a`` and lse. Associative up to rounding; differentiable. Sinks
+      belong to one of the sets, one of which every row sees a key: with an empty row they are lost.
 
     Raises:
       ValueError, TypeError: the shapes differ, or something is no floating array.

@@ -10,6 +10,7 @@ from jaxflash import checks, quantization
 from jaxflash.device import target
 from jaxflash.quantization import flat
 from pallas_kernels import spec
+from pallas_kernels.spec.quantization import FP8
 
 _SCORE_ARGUMENTS = "score, b, h, q_idx, kv_idx"
 _MASK_ARGUMENTS = "b, h, q_idx, kv_idx"
@@ -45,6 +46,7 @@ def canonicalize(
     query, key, value = (
         checks.operand(n, x) for n, x in (("query", query), ("key", key), ("value", value))
     )
+    quantization.check_together(query, key, value)
     checks.qkv(query, key, value)
     batch = query.shape[:-3]
     N = query.shape[-2]
@@ -75,6 +77,9 @@ def canonicalize(
     for name, function in (("score_mod", score_mod), ("mask_mod", mask_mod)):
         checks.not_in_checked_shard_map(name, function, operands)
     window = checks.window(local_window_size)
+    precision = checks.precision(precision)
+    if operands.is_quantized and precision == FP8:
+        precision = None  # it has been done
     problem = spec.Problem(
         operands=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), operands),
         band=spec.Band.of(checks.flag("is_causal", is_causal), window),
@@ -86,7 +91,7 @@ def canonicalize(
         mask_mod=visible,
         dropout_rate=rate,
         broadcast_dropout=checks.flag("broadcast_dropout", broadcast_dropout),
-        precision=checks.precision(precision),
+        precision=precision,
         deterministic=checks.flag("deterministic", deterministic),
     )
     return problem, operands

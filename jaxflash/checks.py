@@ -16,6 +16,8 @@ from pallas_kernels.spec.quantization import FP8
 
 FLOATS = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)))
 NARROW = narrow.DTYPES
+# Positions and what windows add to them must stay integers of 32 bits.
+_MOST_OFFSET, _UNLIMITED = 2**30, 2**29
 PAGE_SIZES = (16, 32, 64, 128, 256)
 
 
@@ -109,7 +111,7 @@ def int32(name: str, x: Any) -> None:
 
 def int32_range(name: str, x: Any) -> None:
     """A static integer must fit positions."""
-    if not -(2**30) <= x < 2**30:
+    if not -_MOST_OFFSET <= x < _MOST_OFFSET:
         raise ValueError(f"{name} must be within 2**30 of zero; got {x}")
 
 
@@ -144,8 +146,8 @@ def number(name: str, x: Any, remedy: str) -> float:
     return float(x)
 
 
-def window(x: Any) -> tuple[int, int] | None:
-    """``local_window_size`` as (left, right)."""
+def window(x: Any) -> tuple[int | None, int | None] | None:
+    """``local_window_size`` as (left, right); None is without a limit."""
     if x is None:
         return None
     pair = (x, x) if is_int(x) else x
@@ -158,7 +160,8 @@ def window(x: Any) -> tuple[int, int] | None:
             f"local_window_size must not be negative; got {x!r}; the window (left, right) reaches "
             "from position - left to position + right, both included"
         )
-    return int(pair[0]), int(pair[1])
+    left, right = (int(reach) if reach < _UNLIMITED else None for reach in pair)
+    return left, right
 
 
 def dropout(rate: Any, key: Any) -> tuple[float, Any]:

@@ -70,17 +70,22 @@ def by_xla(x: jax.Array, per: str, turned: bool, rotate: bool) -> tuple[jax.Arra
     return rules.quantize(x, scales, turned=turned), scales
 
 
-def operands(query: Any, key: Any, value: Any) -> dict[str, Any]:
-    """The three arrays, all quantised or none, and their scales, with one batch axis."""
-    given, batch = {"query": query, "key": key, "value": value}, query.shape[:-3]
+def check_together(query: Any, key: Any, value: Any) -> None:
+    """All are quantised, or none."""
+    given = {"query": query, "key": key, "value": value}
     quantized = [name for name, x in given.items() if isinstance(x, QuantizedArray)]
-    if not quantized:
-        return {name: flat(x, batch) for name, x in given.items()}
-    if len(quantized) < len(given):
+    if 0 < len(quantized) < len(given):
         raise TypeError(
             f"query, key and value must be quantised all or none; got {quantized} quantised: "
             "see jaxflash.quantize"
         )
+
+
+def operands(query: Any, key: Any, value: Any) -> dict[str, Any]:
+    """The three arrays, and their scales if they are quantised, with one batch axis."""
+    given, batch = {"query": query, "key": key, "value": value}, query.shape[:-3]
+    if not isinstance(query, QuantizedArray):
+        return {name: flat(x, batch) for name, x in given.items()}
     if query.is_rotated != key.is_rotated:
         raise ValueError(
             f"query and key must be rotated both or none; got {query.is_rotated=}, "
@@ -115,7 +120,7 @@ def lowered(
 def emulating(forward: Forward) -> Forward:
     """``forward``, which multiplies no 8-bit numbers, of what they stand for.
 
-    Derivatives are those at the rounded numbers, with respect to the numbers before.
+    Its derivatives, if they are asked for, are those at the numbers before they were rounded.
     """
 
     def run(problem: spec.Problem, x: spec.Operands) -> tuple[jax.Array, jax.Array]:
@@ -128,16 +133,29 @@ def emulating(forward: Forward) -> Forward:
             rules.dequantize(y.key, y.key_scale, problem.S),
             rules.dequantize(y.value, y.value_scale, problem.S, turned=True),
         ]
-        if not x.is_quantized:
-            given = (x.query, x.key, x.value)
-            wide = [g + jax.lax.stop_gradient(w - g) for g, w in zip(given, wide, strict=True)]
         query, key, value = wide
         y = x._replace(query=query, key=key, value=value)
         y = y._replace(query_scale=None, key_scale=None, value_scale=None)
         out, lse = forward(low.of(y), y)
-        return out.astype(dtype), lse
+        out = out.astype(dtype)
+        if x.is_quantized:
+            return out, lse
+        exact = dataclasses.replace(problem, precision=None)
+        return _derived_as((out, lse), forward(exact, x))
 
     return run
+
+
+@jax.custom_jvp
+def _derived_as(values: Any, of: Any) -> Any:
+    """The first, whose derivatives are those of the second."""
+    del of
+    return values
+
+
+@_derived_as.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    return primals[0], tangents[1]
 
 
 def _zeroed_beyond(x: jax.Array, lengths: Any) -> jax.Array:

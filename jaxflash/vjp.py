@@ -30,7 +30,7 @@ def attention(
     operands = varying_like(operands, operands)
     if backend.backward is None:
         return backend.forward(problem, operands)
-    return _attention(backend, problem, operands)
+    return _compiled_attention(backend, problem, operands)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -80,3 +80,5 @@ def _backward(
 
 
 _attention.defvjp(_forward, _backward, symbolic_zeros=True)
+# Where something is traced nothing but the function itself; an eager `shard_map` cannot do without.
+_compiled_attention = jax.jit(_attention, static_argnums=(0, 1), inline=True)

@@ -39,6 +39,8 @@ def test_explain_accepts_arrays_and_abstract_arrays() -> None:
     assert jaxflash.explain(X, X, X, bias, key_value_seq_lengths=lengths).runs == "xla"
     with pytest.raises(TypeError, match="mask must be boolean"):
         jaxflash.explain(X, X, X, mask=X)
+    with pytest.raises(TypeError, match="dot_product_attention has no argument causal"):
+        jaxflash.explain(X, X, X, causal=True)
 
 
 def test_refusals_are_raised_and_explained(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,7 +136,7 @@ def test_drop_in_refuses_what_it_cannot_do(api: str) -> None:
         attention(module=nn.Dense(1))
     with pytest.raises(ValueError, match="one precision for both operands"):
         attention(precision=("default", "highest"))
-    with pytest.raises(ValueError, match="needs a dropout_key"):
+    with pytest.raises(ValueError, match="needs a dropout_rng"):
         attention(dropout_rate=0.1)
     with pytest.raises(ValueError, match="see the first of 4 keys only"):
         DROP_INS[api].dot_product_attention(x[:, :1], x, x, is_causal=True)

@@ -335,6 +335,10 @@ def test_precision_fp8_is_quantising_by_block() -> None:
         jaxflash.dot_product_attention(query, key, value, precision="fp8"),
         jaxflash.dot_product_attention(*given),
     )
+    np.testing.assert_array_equal(  # which asks for nothing more
+        jaxflash.dot_product_attention(*given, precision="fp8"),
+        jaxflash.dot_product_attention(*given),
+    )
 
 
 def test_what_lengths_hide_may_be_nan() -> None:
@@ -354,6 +358,8 @@ def test_refusals() -> None:
     attend = jaxflash.dot_product_attention
     with pytest.raises(TypeError, match="quantised all or none"):
         attend(q, x, x)
+    with pytest.raises(TypeError, match="quantised all or none"):
+        attend(q, *[x.astype(jnp.float32)] * 2)
     with pytest.raises(ValueError, match="with is_value=True"):
         attend(q, q, q)
     with pytest.raises(ValueError, match="rotated both or none"):

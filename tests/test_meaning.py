@@ -4,6 +4,8 @@ Every backend is tested against the reference and shares its functions of tiles;
 those would cancel there.
 """
 
+import functools
+import sys
 from typing import Any
 
 import jax
@@ -233,6 +235,18 @@ def test_functions_are_not_asked_beyond_the_last_key() -> None:
 
     ours, truth = (jax.grad(loss)(0.5, name) for name in ("xla", "reference"))
     np.testing.assert_allclose(ours, truth, rtol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("far", [2**29, 2**31 - 1, sys.maxsize])
+@pytest.mark.parametrize("offset", [0, -3, 2**30 - 1, jnp.int32(2)])
+def test_windows_without_end(implementation: Any, far: int, offset: Any) -> None:
+    x = jax.random.normal(jax.random.key(0), (1, 8, 2, 16))
+    attend = functools.partial(
+        jaxflash.dot_product_attention, x, x, x, query_offset=offset, implementation=implementation
+    )
+    np.testing.assert_array_equal(attend(local_window_size=far), attend())
+    np.testing.assert_array_equal(attend(local_window_size=(far, 0)), attend(is_causal=True))
 
 
 def test_cotangents_of_empty_rows_are_ignored() -> None:

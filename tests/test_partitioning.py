@@ -141,6 +141,43 @@ def test_inside_shard_map(manual: set[str]) -> None:
     np.testing.assert_allclose(found, attend(*arrays.values()), atol=2e-5)
 
 
+@pytest.mark.parametrize("checks", [True, False])
+def test_inside_shard_map_without_jit(checks: bool) -> None:
+    mesh, arrays, by = _mesh(), _arrays(), P("data", None, "model")
+    attend = functools.partial(jaxflash.dot_product_attention, is_causal=True)
+    sharded = jax.shard_map(attend, mesh=mesh, in_specs=by, out_specs=by, check_vma=checks)
+    np.testing.assert_allclose(
+        sharded(*arrays.values()), attend(*arrays.values()), atol=2e-5, rtol=1e-4
+    )
+
+
+def test_explicit_axes_without_jit() -> None:
+    attend = functools.partial(jaxflash.dot_product_attention, is_causal=True)
+    expected = attend(**_arrays())
+    with jax.set_mesh(
+        jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    ):
+        by = NamedSharding(jax.sharding.get_mesh(), P("data", None, "model"))
+        found = attend(**{n: jax.device_put(x, by) for n, x in _arrays().items()})
+    np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("by", [P(None, "model"), P(None, None, "model")], ids=["tokens", "heads"])
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_one_token_is_appended_where_its_place_is(by: P, axis_type: AxisType) -> None:
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(axis_type,))
+    token = jnp.ones((1, 1, 8, 16))
+    with jax.set_mesh(mesh):
+        held = jax.device_put(jnp.zeros((1, 64, 8, 16)), NamedSharding(mesh, by))
+        lengths = jax.device_put(jnp.array([20], jnp.int32), NamedSharding(mesh, P()))
+        cache = jaxflash.KVCache(held, held, lengths)
+        run = jax.jit(jaxflash.KVCache.append).lower(cache, token, token).compile()
+        assert "all-gather" not in run.as_text()
+        after = run(cache, token, token)
+    assert after.lengths.tolist() == [21]
+    assert np.flatnonzero(np.asarray(after.key).any(axis=(0, 2, 3))).tolist() == [20]
+
+
 _TABLE = np.array([[5, 2], [7, 1], [0, 3], [4, 6]], np.int32)
 _HELD = np.array([24, 9, 32, 17], np.int32)
 

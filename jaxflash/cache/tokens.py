@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Int32
 
 from jaxflash import checks
@@ -82,20 +82,20 @@ def write(
 
     What is past the end of either axis is dropped.
     """
+    at: tuple[Any, ...] = row, place
     if place.size == 1:
-        return tuple(_write_one(x, token, row, place) for x, token in zip(held, new, strict=True))
+        # XLA makes five small kernels of a scatter of one row, and one of a row for each head.
+        at = row[..., None], place[..., None], np.arange(held[0].shape[2], dtype=np.int32)
     return tuple(
-        x.at[row, place].set(tokens, mode="drop") for x, tokens in zip(held, new, strict=True)
+        x.at[at].set(tokens, mode="drop", out_sharding=_explicit_sharding(x))
+        for x, tokens in zip(held, new, strict=True)
     )
 
 
-def _write_one(x: Any, token: Any, row: Any, place: Any) -> Any:
-    """The same of one token; XLA makes one short kernel of it, and a long one of a scatter."""
-    row, place = jnp.reshape(row, ()), jnp.reshape(place, ())
-    at = row, place, np.int32(0), np.int32(0)  # of one type, as they must be
-    exists = (row < x.shape[0]) & (place < x.shape[1])
-    old = lax.dynamic_slice(x, at, token.shape)
-    return lax.dynamic_update_slice(x, jnp.where(exists, token, old), at)
+def _explicit_sharding(x: Any) -> Any:
+    """As its type says over explicit mesh axes, else None."""
+    sharding = jax.typeof(x).sharding
+    return sharding if any(sharding.spec) else None
 
 
 def check_held(

@@ -50,6 +50,8 @@ def attend_as_flax(
     if mask is not None and mask.dtype != jnp.bool_:
         mask = mask != 0
     drops = not deterministic and dropout_rate > 0
+    if drops and dropout_rng is None:
+        raise ValueError(f"dropout_rate={dropout_rate} needs a dropout_rng, or deterministic=True")
     return dot_product_attention(
         query,
         key,

@@ -32,9 +32,10 @@ class Band:
             raise ValueError(f"a band needs lo <= hi; got {lo=}, {hi=}")
 
     @classmethod
-    def of(cls, is_causal: bool, window: tuple[int, int] | None) -> "Band":
+    def of(cls, is_causal: bool, window: tuple[int | None, int | None] | None) -> "Band":
         """The band of ``is_causal`` and a ``(left, right)`` window, inclusive on both sides."""
-        lo, hi = (None, None) if window is None else (-window[0], window[1])
+        left, hi = window or (None, None)
+        lo = None if left is None else -left
         if is_causal:
             hi = 0 if hi is None else min(hi, 0)
         return cls(lo, hi)
