@@ -12,7 +12,7 @@ import pytest
 from jax import lax
 
 import jaxflash.cache
-from jaxflash.cache import KVCache, PageAllocator, PagedKVCache
+from jaxflash.cache import KVCache, PageAllocator, PagedKVCache, tokens
 from tests.caches import (
     DTYPES,
     KINDS,
@@ -105,13 +105,20 @@ def _assert_unchanged(before: Any, after: Any) -> None:
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.fixture(params=[False, True], ids=["perhaps divided", "local"])
+def of_one_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One token is written in two ways."""
+    monkeypatch.setattr(tokens, "is_local", lambda: request.param)
+
+
 @KINDS
 @pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.usefixtures("of_one_device")
 def test_one_token_of_one_sequence(kind: str, x64: bool) -> None:
-    """Which has a way of its own: it is written where it belongs, or not at all."""
+    """It is written where it belongs, or not at all."""
     with jax.enable_x64(x64):
         cache = contiguous(1, 32) if kind == "contiguous" else paged([[5, 2]])
-        append = jax.jit(type(cache).append)
+        append = jax.jit(lambda cache, *new: cache.append(*new))
         prompt, token = kv(1, 31), kv(1, 1, seed=1)
         cache = append(cache, *prompt)
         _assert_unchanged(cache, append(cache, *token, jnp.array([0], jnp.int32)))
@@ -121,9 +128,11 @@ def test_one_token_of_one_sequence(kind: str, x64: bool) -> None:
 
 
 @pytest.mark.parametrize("missing", [-1, -7, 8, 2**31 - 1, -(2**31)])
+@pytest.mark.usefixtures("of_one_device")
 def test_one_token_without_a_page_is_dropped(missing: int) -> None:
     cache = paged([[3, missing]], [16])
-    _assert_unchanged(cache, jax.jit(PagedKVCache.append)(cache, *kv(1, 1)))
+    append = jax.jit(lambda cache, *new: cache.append(*new))  # traced anew
+    _assert_unchanged(cache, append(cache, *kv(1, 1)))
 
 
 @KINDS

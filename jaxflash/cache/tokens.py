@@ -6,10 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Int32
 
 from jaxflash import checks
 from jaxflash.cache.rules import Rule, integers
+from jaxflash.partitioning import is_local
 
 
 def new_tokens(key: Any, value: Any, batch: int, like: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -84,12 +86,26 @@ def write(
     """
     at: tuple[Any, ...] = row, place
     if place.size == 1:
+        if is_local():
+            return tuple(_write_one(x, y, row, place) for x, y in zip(held, new, strict=True))
         # XLA makes five small kernels of a scatter of one row, and one of a row for each head.
         at = row[..., None], place[..., None], np.arange(held[0].shape[2], dtype=np.int32)
     return tuple(
         x.at[at].set(tokens, mode="drop", out_sharding=_explicit_sharding(x))
         for x, tokens in zip(held, new, strict=True)
     )
+
+
+def _write_one(x: Any, token: Any, row: Any, place: Any) -> Any:
+    """The same of one token. XLA makes a shorter kernel of it than of a scatter (bench/LOG.md).
+
+    It reads what is there. Of an array whose rows or places are divided that gathers all.
+    """
+    row, place = jnp.reshape(row, ()), jnp.reshape(place, ())
+    at = row, place, np.int32(0), np.int32(0)  # of one type, as they must be
+    exists = (row < x.shape[0]) & (place < x.shape[1])
+    old = lax.dynamic_slice(x, at, token.shape)
+    return lax.dynamic_update_slice(x, jnp.where(exists, token, old), at)
 
 
 def _explicit_sharding(x: Any) -> Any:
