@@ -120,42 +120,38 @@ def lowered(
 def emulating(forward: Forward) -> Forward:
     """``forward``, which multiplies no 8-bit numbers, of what they stand for.
 
-    Its derivatives, if they are asked for, are those at the numbers before they were rounded.
+    Its derivatives are those at the numbers before they were rounded.
     """
 
-    def run(problem: spec.Problem, x: spec.Operands) -> tuple[jax.Array, jax.Array]:
-        dtype = problem.dtype
+    def of_rounded(problem: spec.Problem, x: spec.Operands) -> tuple[jax.Array, jax.Array]:
         low, y = lowered(problem, x, by_xla)
-        if not y.is_quantized:
-            return forward(problem, x)
         wide = [
             rules.dequantize(y.query, y.query_scale, problem.T),
             rules.dequantize(y.key, y.key_scale, problem.S),
             rules.dequantize(y.value, y.value_scale, problem.S, turned=True),
         ]
-        query, key, value = wide
+        query, key, value = (w.astype(problem.compute_dtype) for w in wide)
         y = x._replace(query=query, key=key, value=value)
         y = y._replace(query_scale=None, key_scale=None, value_scale=None)
         out, lse = forward(low.of(y), y)
-        out = out.astype(dtype)
+        return out.astype(problem.dtype), lse
+
+    @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+    def straight_through(problem: spec.Problem, x: spec.Operands) -> tuple[jax.Array, jax.Array]:
+        return of_rounded(problem, x)
+
+    @straight_through.defjvp
+    def _(problem: spec.Problem, primals: Any, tangents: Any) -> Any:
+        exact = functools.partial(forward, dataclasses.replace(problem, precision=None))
+        _, derivatives = jax.jvp(exact, primals, tangents)
+        return straight_through(problem, *primals), derivatives
+
+    def run(problem: spec.Problem, x: spec.Operands) -> tuple[jax.Array, jax.Array]:
         if x.is_quantized:
-            return out, lse
-        exact = dataclasses.replace(problem, precision=None)
-        return _derived_as((out, lse), forward(exact, x))
+            return of_rounded(problem, x)
+        return (straight_through if problem.precision == rules.FP8 else forward)(problem, x)
 
     return run
-
-
-@jax.custom_jvp
-def _derived_as(values: Any, of: Any) -> Any:
-    """The first, whose derivatives are those of the second."""
-    del of
-    return values
-
-
-@_derived_as.defjvp
-def _(primals: Any, tangents: Any) -> Any:
-    return primals[0], tangents[1]
 
 
 def _zeroed_beyond(x: jax.Array, lengths: Any) -> jax.Array:

@@ -328,6 +328,21 @@ def test_precision_fp8_trains_straight_through(backend: Any) -> None:
         assert np.linalg.norm(got - want) <= 0.15 * np.linalg.norm(want)
 
 
+@pytest.mark.parametrize("backend", ["xla", "reference"])
+def test_precision_fp8_of_float64(backend: Any) -> None:
+    """Results have the types they always have; gradients with operands that have none."""
+    with jax.enable_x64(True):
+        x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 40, 2, 32)))
+        attend = functools.partial(
+            jaxflash.dot_product_attention, precision="fp8", implementation=backend,
+            key_value_seq_lengths=jnp.array([30], jnp.int32), return_residual=True,
+        )  # fmt: skip
+        found = attend(x, x, x)
+        gradients = jax.grad(lambda *given: sum(map(jnp.sum, attend(*given))), (0, 1, 2))(x, x, x)
+    assert [y.dtype for y in (*found, *gradients)] == [jnp.float64] * 5
+    assert all(np.isfinite(y).all() for y in gradients)
+
+
 def test_precision_fp8_is_quantising_by_block() -> None:
     query, key, value = (_random(1, 150, 2, 32, seed=i) for i in range(3))
     given = [jaxflash.quantize(x, is_value=i == 2) for i, x in enumerate((query, key, value))]
