@@ -55,7 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _introduction(found: Found) -> str:
-    names = ", ".join(f"[{t}]({_relative(found, t)})" for t in found.rows)
+    tables = [t for table in found.rows for t in (table, f"{table}-part")]
+    names = ", ".join(
+        f"[{t}]({_relative(found, t)})" for t in tables if (found.folder / _file(found, t)).exists()
+    )
     return (
         "# The seed document's tables, answered\n\n"
         "Written by `python -m bench report` from the results of other tables: "
@@ -67,4 +70,8 @@ def _introduction(found: Found) -> str:
 
 
 def _relative(found: Found, table: str) -> str:
-    return f"{found.folder.name}/{table}-{results.slug(found.device)}.md"
+    return f"{found.folder.name}/{_file(found, table)}"
+
+
+def _file(found: Found, table: str) -> str:
+    return f"{table}-{results.slug(found.device)}.md"

@@ -99,9 +99,10 @@ def dot_product_attention(
       broadcast_dropout: one mask, that of (position, key index), for all batch elements and heads.
       precision: of the matrix products, a ``jax.lax.Precision`` or its name. None is JAX's default,
         which multiplies float32 in TF32 on recent NVIDIA GPUs. "fp8": query, key and value are
-        rounded as `quantize` does by block, queries perhaps in blocks of 64 tokens; gradients are
-        straight-through, those of the arrays that were given, from the output and the lse of the
-        rounded ones.
+        rounded as `quantize` does by block, queries perhaps in blocks of 64 tokens; keys that
+        masks, segments or ``mask_mod`` hide must be finite. Gradients are straight-through, by the
+        arrays that were given: `reference` differentiates the exact forward, the others take the
+        output and the lse of the rounded arrays for it.
       deterministic: bitwise equal gradients from run to run, whatever that costs.
 
     Returns:

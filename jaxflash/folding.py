@@ -21,7 +21,7 @@ def folding(function: Function, *, differentiates: bool = False) -> Function:
 
     Where the number of a batch element matters (score_mod, mask_mod, dropout), or what has no batch
     axis is mapped (slopes, sinks) or could be (pages), the calls run one after the other; so they
-    do where gradients for those are to be returned.
+    do where gradients for those are to be returned, or for a bias that batch elements share.
     """
 
     def folded(problem: spec.Problem, operands: spec.Operands, *rest: jax.Array) -> Any:
@@ -54,6 +54,10 @@ def _folds(problem: spec.Problem, is_mapped: spec.Operands, differentiates: bool
     others = set(is_mapped._fields) - set(_BY_BATCH)
     if differentiates and jax.tree.leaves([getattr(problem.operands, n) for n in others]):
         return False
+    if differentiates and problem.differentiates("bias"):
+        is_shared = problem.operands.bias.shape[0] == 1 and (not is_mapped.bias or problem.B > 1)
+        if is_shared:
+            return False
     return not any(jax.tree.leaves([getattr(is_mapped, name) for name in others]))
 
 

@@ -100,9 +100,9 @@ def operands(query: Any, key: Any, value: Any) -> dict[str, Any]:
 def lowered(
     problem: spec.Problem, x: spec.Operands, quantize: Quantize, *, leave_query: bool = False
 ) -> tuple[spec.Problem, spec.Operands]:
-    """A problem of 8-bit operands, if that precision is asked for. What lengths hide is zeroed.
+    """A problem of 8-bit operands, if that precision is asked for.
 
-    The query may be left for the kernel to round.
+    What lengths or a static band hide is zeroed. The query may be left for the kernel to round.
     """
     if problem.precision != rules.FP8:
         return problem, x
@@ -112,6 +112,8 @@ def lowered(
     found: dict[str, Any] = {}
     for name, lengths in hidden_from.items():
         y = _zeroed_beyond(getattr(x, name), lengths)
+        if name != "query":
+            y = _zeroed_where_unseen(problem, y)
         found[name], found[f"{name}_scale"] = quantize(y, "block", name == "value", False)
     x = x._replace(**found)
     return dataclasses.replace(problem.of(x), precision=None), x
@@ -159,6 +161,17 @@ def _zeroed_beyond(x: jax.Array, lengths: Any) -> jax.Array:
         return x
     exists = jnp.arange(x.shape[1]) < lengths[:, None]
     return jnp.where(exists[:, :, None, None], x, 0)
+
+
+def _zeroed_where_unseen(problem: spec.Problem, x: jax.Array) -> jax.Array:
+    """Keys or values, zero where the band, if it is static, hides them from all rows."""
+    if problem.static_band is None or problem.T == 0:
+        return x
+    start, stop = problem.static_band.any_keys(0, problem.T, problem.S)
+    if (start, stop) == (0, problem.S):
+        return x
+    key = jnp.arange(problem.S)
+    return jnp.where(((start <= key) & (key < stop))[:, None, None], x, 0)
 
 
 def flat(x: Any, batch: tuple[int, ...]) -> Any:

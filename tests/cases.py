@@ -129,6 +129,8 @@ SHAPES = [
     Case("no_batch", B=(0,)),
     Case("no_queries", T=0),
     Case("no_keys", S=0, options=_given(is_causal=True)),
+    Case("no_keys_bias_t1", S=0, extra={"x": (150, 1)}, options=_given(bias="@x")),
+    Case("no_queries_bias_1s", T=0, extra={"x": (1, 270)}, options=_given(bias="@x")),
     Case("scale", options=_given(scale=0.7)),
     Case("precision", options=_given(precision="highest", deterministic=True)),
 ]
@@ -421,6 +423,23 @@ POISONED = [
         poison=_spoil_all(
             _spoil("key", _REST, slice(0, None, 3)), _spoil("value", _REST, slice(2, None, 3))
         ),
+    ),
+    Case(
+        "nan_in_document_between",
+        extra={
+            "q_ids": _integers(np.arange(150).repeat(2).reshape(150, 2).T // 25 * 2),
+            "kv_ids": _integers(np.arange(270).repeat(2).reshape(270, 2).T // 25),
+        },
+        options=_given(**_BY_DOCUMENT),
+        poison=_spoil_all(
+            _spoil("key", _REST, slice(25, 50)), _spoil("value", _REST, slice(25, 50))
+        ),
+    ),
+    Case(
+        "nan_without_queries",
+        extra={"rows": _integers([0, 150])},
+        options=_given(query_seq_lengths="@rows"),
+        poison=_spoil_all(_spoil("key", 0), _spoil("value", 0)),
     ),
     Case(
         "nan_masked",

@@ -38,6 +38,8 @@ INTERPRETED = (
     "everything",
     "nan_beyond_lengths",
     "nan_in_unseen_document",
+    "nan_in_document_between",
+    "nan_without_queries",
     "float16_window",
 )
 ALSO_BY_TRITON = (

@@ -80,6 +80,7 @@ CALLS = [
     }),
     Call("chunk_of_prefill", (400, 130), T=70, page_size=64),
     Call("chunk_of_prefill_16", (512, 90), T=90, page_size=16, options={"sinks": _SINKS}),
+    Call("chunk_of_wide_heads", (200, 70), S=256, T=20, N=1, K=1, H=192, page_size=64),
     Call("contiguous_chunk", (400, 130), T=70),
     Call("counts", (400, 90, 7), H=64, T=5, options={"counts": np.array([5, 2, 0], np.int32)}),
     Call("counts_of_pages", (400, 90, 7), T=70, page_size=16, options={
@@ -102,7 +103,8 @@ CALLS = [
 # The interpreter takes seconds for each.
 INTERPRETED = (
     "longer_than_held", "many_rows", "value_dim", "odd_capacity", "alibi_and_sinks", "pages_256",
-    "pages_everything", "chunk_of_prefill_16", "empty_sequence", "counts", "counts_of_pages",
+    "pages_everything", "chunk_of_prefill_16", "chunk_of_wide_heads", "empty_sequence", "counts",
+    "counts_of_pages",
     "fp8_pages", "fp8_pages_everything", "fp8_pages_of_all_sizes", "int8_pages", "int8_chunk",
     "int8_few_pages", "key_dim", "fp8_many_rows",
 )  # fmt: skip
@@ -332,6 +334,14 @@ def test_decode_refuses() -> None:
         jaxflash.decode_attention(_Q[:, :, :3], _C, _C, _LENGTHS)
     with pytest.raises(ValueError, match=r"'hopper' refuses: (needs a Hopper GPU|multiplies)"):
         jaxflash.decode_attention(_Q, _C, _C, _LENGTHS, implementation="hopper")
+
+
+def test_one_sequence_is_checked_like_several() -> None:
+    query, held = jnp.ones((1, 4, 8)), jnp.ones((7, 2, 8))
+    with pytest.raises(ValueError, match="got 100"):
+        jaxflash.decode_attention(query, held, held, 100)
+    with pytest.raises(ValueError, match="got 3"):
+        jaxflash.decode_attention(query, held, held, 5, counts=3)
 
 
 def test_paged_refuses() -> None:

@@ -11,6 +11,8 @@ import pytest
 
 import jaxflash
 from jaxflash import api, dispatch, xla
+from jaxflash.arguments import canonicalize
+from pallas_kernels.common import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
 X = jax.ShapeDtypeStruct((2, 8, 4, 16), jnp.float32)
@@ -162,3 +164,12 @@ def test_private_jax_stays_in_mosaic() -> None:
         for path in ROOT.joinpath(package).rglob("*.py"):
             if "mosaic" not in path.parts:
                 assert "jax._src" not in path.read_text(), path
+
+
+def test_kernels_refuse_captured_arrays_with_more_elements_than_they_count() -> None:
+    x, table = jnp.ones((1, 64, 2, 64), jnp.bfloat16), jnp.ones((2, 64, 64), jnp.float32)
+    problem, operands = canonicalize(x, x, x, score_mod=lambda s, b, h, q, k: s + table[h, q, k])
+    assert evaluate.refused_functions(problem) is None
+    large = jax.ShapeDtypeStruct((2, 2**16, 2**14), jnp.float32)
+    problem = problem.of(operands._replace(score_consts=(large,)))
+    assert "in 32 bits; got (2, 65536, 16384)" in str(evaluate.refused_functions(problem))

@@ -367,6 +367,27 @@ def test_what_lengths_hide_may_be_nan() -> None:
     np.testing.assert_array_equal(spoiled, clean)
 
 
+def test_what_a_band_hides_from_all_may_be_nan() -> None:
+    query = _random(1, 100, 2, 32)
+    key, value = (_random(1, 150, 2, 32, seed=i) for i in (1, 2))
+    attend = functools.partial(jaxflash.dot_product_attention, is_causal=True, precision="fp8")
+    spoiled = attend(query, key.at[:, 100:].set(jnp.nan), value.at[:, 100:].set(jnp.inf))
+    clean = attend(query, key.at[:, 100:].set(0), value.at[:, 100:].set(0))
+    np.testing.assert_array_equal(spoiled, clean)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 2, 8), (2, 0, 2, 8)], ids=str)
+def test_nothing_is_quantised(shape: tuple[int, ...]) -> None:
+    x = jnp.ones(shape)
+    for per in ("block", "head", "tensor"):
+        found = jaxflash.quantize(x, per=per, is_value=True)  # type: ignore[arg-type]
+        assert found.dequantize().shape == shape
+        assert found.scales.shape[::2] == shape[::2]
+    for backend in ("xla", "reference"):
+        attend = functools.partial(jaxflash.dot_product_attention, implementation=backend)
+        assert attend(x, x, x, precision="fp8").shape == shape
+
+
 def test_refusals() -> None:
     x = _random(1, 64, 2, 32)
     q, v = jaxflash.quantize(x), jaxflash.quantize(x, is_value=True)

@@ -157,6 +157,31 @@ def test_gradients_under_vmap(sinks: bool) -> None:
         )
 
 
+@runs
+@pytest.mark.parametrize("axis", [None, 0])
+def test_gradients_of_a_bias_under_vmap(axis: int | None) -> None:
+    """Shared by what is mapped over, and by the batch within."""
+    q, k, v = (_normal(i, 2, 2, 64, 2, 16) for i in range(3))
+    bias = _normal(3, *(() if axis is None else (2,)), 2, 64, 64)
+
+    def gradient(implementation: str) -> jax.Array:
+        attend = functools.partial(jaxflash.dot_product_attention, implementation=implementation)
+
+        def loss(bias: jax.Array) -> jax.Array:
+            out = jax.vmap(attend, (0, 0, 0, axis))(q, k, v, bias)
+            return jnp.sum(out.astype(jnp.float32) ** 2)
+
+        return jax.grad(loss)(bias)
+
+    with _running():
+        found = gradient("hopper")
+    want = gradient("xla")
+    assert found.shape == want.shape
+    np.testing.assert_allclose(
+        np.asarray(found, np.float32), np.asarray(want, np.float32), atol=0.05, rtol=0.05
+    )
+
+
 def test_which_gradients_are_the_kernels() -> None:
     q, v = (jax.ShapeDtypeStruct((1, 256, 2, n), jnp.bfloat16) for n in (64, 136))
 

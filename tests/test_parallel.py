@@ -123,6 +123,70 @@ def test_ulysses(name: str, heads: tuple[int, int]) -> None:
     _check(_divided(attend, ("s",), (8,), True), OPTIONS[name], _arrays(*heads))
 
 
+def _ulysses(**options: Any) -> Any:
+    """Over four devices, of whole arrays."""
+    mesh, by_token = Mesh(np.array(jax.devices()[:4]), ("s",)), P(None, "s")
+    attend = functools.partial(
+        jaxflash.ulysses_attention, axis_name="s", implementation="xla", **options
+    )
+    return jax.jit(
+        jax.shard_map(attend, mesh=mesh, in_specs=by_token, out_specs=by_token, check_vma=False)
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"score_mod": lambda s, b, h, q, k: s * (1 + h)},
+        {"mask_mod": lambda b, h, q, k: (q + k) % (h + 1) == 0},
+        {"bias": np.random.default_rng(0).standard_normal((8, 1, 64)).astype(np.float32)},
+        {"mask": np.random.default_rng(0).random((2, 8, 64, 64)) > 0.5},
+        {"mask": np.tri(64, dtype=bool)},
+    ],
+    ids=["score_mod", "mask_mod", "bias", "mask", "mask of all heads"],
+)
+def test_ulysses_knows_all_heads(options: dict[str, Any]) -> None:
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, 64, 8, 16)) for i in range(3))
+    want = jaxflash.dot_product_attention(
+        q, k, v, **options, return_residual=True, implementation="reference"
+    )
+    found = _ulysses(**options, return_residual=True)(q, k, v)
+    for x, y in zip(found, want, strict=True):
+        np.testing.assert_allclose(x, y, 1e-5, 2e-5)
+
+
+def test_ulysses_drops_others_in_each_head() -> None:
+    one = jnp.ones((1, 64, 8, 16))
+    eye = jnp.broadcast_to(jnp.eye(64)[None, :, None], (1, 64, 8, 64))
+    options = {"dropout_rate": 0.5, "dropout_key": jax.random.key(0)}
+    kept = np.asarray(_ulysses(**options)(one, one, eye)) > 0
+    assert len({kept[0, :, head].tobytes() for head in range(8)}) == 8
+    kept = np.asarray(_ulysses(**options, broadcast_dropout=True)(one, one, eye)) > 0
+    assert len({kept[0, :, head].tobytes() for head in range(8)}) == 1
+
+
+def test_ulysses_refuses_a_bias_of_other_heads() -> None:
+    x = jnp.ones((1, 64, 8, 16))
+    with pytest.raises(ValueError, match=r"of all 8 heads or of one; got \(2, 64, 64\)"):
+        _ulysses(bias=jnp.ones((2, 64, 64)))(x, x, x)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "striped"])
+def test_ring_with_x64(layout: str) -> None:
+    mesh, by_token = Mesh(np.array(jax.devices()[:4]), ("s",)), P(None, "s")
+    attend = functools.partial(
+        jaxflash.ring_attention, axis_name="s", is_causal=True, layout=layout
+    )
+    run = jax.jit(jax.shard_map(attend, mesh=mesh, in_specs=by_token, out_specs=by_token))
+    with jax.enable_x64(True):
+        x = jax.random.normal(jax.random.key(0), (1, 64, 2, 16), jnp.float32)
+        ordered = jaxflash.stripe(x, 4) if layout == "striped" else x
+        found = run(ordered, ordered, ordered)
+        found = jaxflash.unstripe(found, 4) if layout == "striped" else found
+        want = jaxflash.dot_product_attention(x, x, x, is_causal=True)
+    np.testing.assert_allclose(found, want, 1e-5, 1e-5)
+
+
 @pytest.mark.parametrize("name", ["causal", "window", "alibi and sinks"])
 def test_ring_of_ulysses(name: str) -> None:
     """Two axes: heads are exchanged within one, keys go around the other."""

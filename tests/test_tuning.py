@@ -99,6 +99,18 @@ def test_consumers_of_the_default_have_rows() -> None:
     assert tuning.hopper_config(problem).consumers == 1
 
 
+@pytest.mark.parametrize("page_size", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("H", [64, 128, 192, 256])
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"logits_soft_cap": 5.0}], ids=str)
+def test_tiles_and_pages_divide_each_other(page_size: int, H: int, options: dict[str, Any]) -> None:
+    problem = _problem(2048, H, **options)
+    pages = jax.ShapeDtypeStruct((99, page_size, 2048, H), jnp.bfloat16)
+    table = jax.ShapeDtypeStruct((1, 16), jnp.int32)
+    x = problem.operands._replace(key=pages, value=pages, page_table=table)
+    config = tuning.hopper_config(dataclasses.replace(problem, operands=x))
+    assert config.divides_pages(dataclasses.replace(problem, operands=x))
+
+
 def test_lookup_leaves_what_was_not_measured_to_the_default() -> None:
     problem = _problem(4096, 192, 128)
     assert tuning.hopper_config(problem) == hopper.Config.default(problem)

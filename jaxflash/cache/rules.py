@@ -31,7 +31,9 @@ def enforce(x: Any, *rules: Rule, debug_checks: bool) -> Any:
       ValueError: a rule is broken; from inside jit it arrives as jax.errors.JaxRuntimeError.
     """
     for rule in rules:
-        is_static = isinstance(rule.holds, np.ndarray)
+        is_static = isinstance(
+            rule.holds, np.ndarray | np.generic
+        )  # one number compares to no array
         if not (is_static or debug_checks) or rule.holds.size == 0:
             continue
         first = _first_failure(rule, np if is_static else jnp)

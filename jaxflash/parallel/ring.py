@@ -214,7 +214,8 @@ class _Ring:
     def offset(self, step: Any) -> Any:
         """The position of the first row of the queries, from the first key of a step."""
         me = lax.axis_index(self.axis)
-        other = lax.rem(me - step + self.size, self.size)
+        size = jnp.int32(self.size)
+        other = lax.rem(me - step + size, size)
         if self.is_striped:
             return jnp.where(other <= me, 0, -1)
         return (me - other) * self.problem.T

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from jaxflash.api import dot_product_attention
 
@@ -19,11 +19,13 @@ def ulysses_attention(
     *,
     query_segment_ids: Int32[Array, "*B T"] | None = None,
     key_value_segment_ids: Int32[Array, "*B S"] | None = None,
+    bias: Float[Array, "..."] | None = None,
+    mask: Bool[Array, "..."] | None = None,
     alibi_slopes: Float[Array, "N"] | None = None,
     sinks: Float[Array, "N"] | None = None,
     attention: Callable[..., Any] = dot_product_attention,
     **options: Any,
-) -> Float[Array, "*B T N Hv"]:
+) -> Any:
     """``dot_product_attention`` of a sequence that is divided over a mesh axis of n devices.
 
     For use inside ``jax.shard_map``; arrays are this device's contiguous parts. They are exchanged
@@ -37,17 +39,22 @@ def ulysses_attention(
       axis_name: of the mesh axis over which the sequence is divided.
       query_segment_ids: as in ``dot_product_attention``, of this part.
       key_value_segment_ids: likewise.
+      bias: as there, of all heads and of the whole sequence.
+      mask: likewise.
       alibi_slopes: of all heads.
       sinks: likewise.
       attention: of whole sequences; `ring_attention` with its ``axis_name`` bound, for a sequence
         that is divided over two axes, that of the ring first.
-      **options: of ``attention``.
+      **options: of ``attention``. ``score_mod`` and ``mask_mod`` are given the number of a head
+        among all heads; dropout draws a mask for each device's heads that is not that of the
+        undivided sequence.
 
     Returns:
-      As ``dot_product_attention`` without residual; differentiable.
+      As ``dot_product_attention``; differentiable.
 
     Raises:
-      ValueError, TypeError: heads do not divide as they must; as ``attention``.
+      ValueError, TypeError: heads do not divide as they must, or bias or mask has others; as
+        ``attention``.
 
     Example:
       >>> import functools, jax, numpy as np, jaxflash
@@ -70,6 +77,7 @@ def ulysses_attention(
         raise ValueError(f"{n} devices must divide the query's heads; got {N=}")
     if K % n and n % K:
         raise ValueError(f"{n} devices must divide the key-value heads, or they them; got {K=}")
+    first = lax.axis_index(axis_name) * (N // n)
     if n > K:
         key, value = (jnp.repeat(x, n // K, axis=-2) for x in (key, value))
 
@@ -85,10 +93,20 @@ def ulysses_attention(
         """Of this device's heads."""
         if of_heads is None:
             return None
-        first = lax.axis_index(axis_name) * (N // n)
         return lax.dynamic_slice_in_dim(of_heads, first, N // n)
 
-    out = attention(
+    def of_logits(x: Any) -> Any:
+        """What broadcasts to the logits, of this device's heads."""
+        if x is None or jnp.ndim(x) < 3 or x.shape[-3] == 1:
+            return x
+        if x.shape[-3] != N:
+            raise ValueError(f"bias and mask must be of all {N} heads or of one; got {x.shape}")
+        return lax.dynamic_slice_in_dim(x, first, N // n, x.ndim - 3)
+
+    def back(x: jax.Array, heads: int) -> jax.Array:
+        return lax.all_to_all(x, axis_name, heads - 1, heads, tiled=True)
+
+    found = attention(
         exchange(query),
         exchange(key),
         exchange(value),
@@ -96,6 +114,25 @@ def ulysses_attention(
         key_value_segment_ids=whole(key_value_segment_ids),
         alibi_slopes=own(alibi_slopes),
         sinks=own(sinks),
-        **options,
+        **{k: of_logits(x) for k, x in (("bias", bias), ("mask", mask)) if x is not None},
+        **_of_heads(options, first, lax.axis_index(axis_name)),
     )
-    return lax.all_to_all(out, axis_name, out.ndim - 3, out.ndim - 2, tiled=True)
+    if isinstance(found, tuple):
+        out, lse = found
+        return back(out, out.ndim - 2), back(lse, lse.ndim - 1)
+    return back(found, found.ndim - 2)
+
+
+def _of_heads(options: dict[str, Any], first: Any, device: Any) -> dict[str, Any]:
+    """Options that depend on the number of a head, for heads that begin with the ``first``."""
+    found = dict(options)
+
+    def shifted(function: Any) -> Any:
+        return lambda *args: function(*args[:-3], args[-3] + first, *args[-2:])
+
+    for name in ("score_mod", "mask_mod"):
+        if options.get(name) is not None:
+            found[name] = shifted(options[name])
+    if options.get("dropout_key") is not None and not options.get("broadcast_dropout"):
+        found["dropout_key"] = jax.random.fold_in(options["dropout_key"], device)
+    return found

@@ -61,6 +61,8 @@ def hopper_config(problem: spec.Problem) -> hopper.Config:
     rows = [r for r in rows if r["head_dim"] == min(head_dims)]
     row = min(rows, key=lambda r: abs(math.log(r["length"] / max(kind.length, 1))))
     config = hopper.Config(**row["config"])
+    if not config.divides_pages(problem):  # tables are measured without pages
+        config = hopper.Config.default(problem)
     if kind.mask in ("full", "band"):
         config = _for_few_tiles(problem, kind, config)
     return _no_taller(config, problem.T)

@@ -123,11 +123,14 @@ def _as_operands(
     """Gradients in the shapes and dtypes of the operands."""
     T, S = problem.T, problem.S
     bias, slopes = grads.parameters.bias, grads.parameters.alibi_slope
+    if bias is not None:
+        rows, keys = problem.operands.bias.shape[2:]
+        bias = bias[:, :, :rows, :keys]
     found = spec.Operands(
         query=tiles.rows_first(problem, grads.q)[:, :T],
         key=grads.k.swapaxes(1, 2)[:, :S],
         value=grads.v.swapaxes(1, 2)[:, :S],
-        bias=None if bias is None else bias[:, :, :T, :S],
+        bias=bias,
         alibi_slopes=None if slopes is None else slopes.reshape(-1),
         sinks=sinks,
         score_consts=grads.parameters.consts,

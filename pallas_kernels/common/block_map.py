@@ -13,6 +13,9 @@ from pallas_kernels import spec
 from pallas_kernels.common.walk import Walk
 from pallas_kernels.spec import Operands, Problem
 
+# Of rows of the same segment in a tile of queries, that are looked at one by one.
+_RUNS = 4
+
 
 class BlockMap(NamedTuple):
     """The tiles that others visit. Axes of batch and head have size 1 where they tell nothing.
@@ -126,7 +129,8 @@ def _literal(atom: Any) -> bool:
 def _by_ranges(problem: Problem, x: Operands, block_q: int, block_kv: int) -> Any:
     """Looks at the least and the greatest segment of each tile.
 
-    Segments between them count as there: right for documents in ascending order.
+    Segments between them count as there, for tiles: right for documents in ascending order. For
+    keys they do not, unless a tile of queries has many, see `_runs`.
     """
     offset = problem.query_offset if x.query_offset is None else _outer(x.query_offset)
     rows = spec.extent(_outer(x.query_lengths), problem.T)
@@ -142,9 +146,37 @@ def _by_ranges(problem: Problem, x: Operands, block_q: int, block_kv: int) -> An
     every = some & every & (q_low == q_high) & (k_low == k_high)
     ids = x.key_value_segment_ids[:, None, None, :]
     key = jnp.arange(problem.S, dtype=jnp.int32)
-    near, _ = spec.coverage(band, (q0, q1), (key, key + 1), keys)
-    seen = jnp.any(near & (q0 < rows) & (q_low <= ids) & (ids <= q_high), axis=2)
+    seen = jnp.zeros((), jnp.bool_)
+    for first, stop, low, high in _runs(x.query_segment_ids, rows, block_q):
+        near, _ = spec.coverage(band, (first, jnp.maximum(stop, first + 1)), (key, key + 1), keys)
+        seen |= jnp.any(near & (first < stop) & (low <= ids) & (ids <= high), axis=2)
     return some, every, seen
+
+
+def _runs(ids: jax.Array, rows: Any, block: int) -> list[tuple[jax.Array, ...]]:
+    """Rows of a segment that follow each other in a tile: first, stop, least, greatest segment.
+
+    Each is [B, 1, blocks, 1]; the last one is all that is left, with segments between, too.
+    """
+    tiles, limits = _blocks(ids, 1, block, 0), jnp.iinfo(ids.dtype)
+    row = jnp.arange(tiles.shape[1] * block, dtype=jnp.int32).reshape(1, -1, block)
+    begins = (tiles != jnp.roll(tiles, 1, axis=-1)).at[..., 0].set(True)
+    number = jnp.minimum(jnp.cumsum(begins, axis=-1, dtype=jnp.int32) - 1, _RUNS)
+    count = rows if isinstance(rows, int) else rows.reshape(-1, 1, 1)
+
+    def found(run: int) -> tuple[jax.Array, ...]:
+        mine = (number == run) & (row < count)
+        first, low = (
+            jnp.min(jnp.where(mine, y, limit), axis=-1)
+            for y, limit in ((row, row.size), (tiles, limits.max))
+        )
+        stop, high = (
+            jnp.max(jnp.where(mine, y, limit), axis=-1)
+            for y, limit in ((row + 1, 0), (tiles, limits.min))
+        )
+        return tuple(y[:, None, :, None] for y in (first, stop, low, high))
+
+    return [found(run) for run in range(_RUNS + 1)]
 
 
 def _extremes(ids: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:

@@ -21,6 +21,7 @@ from pallas_kernels import spec
 
 # From a reference to a flat array and an index, a scalar or a matrix of them, to the elements.
 Read = Callable[[Any, Any], Any]
+_MOST_ELEMENTS = 2**31 - 1  # of an array that is captured: its elements are counted in 32 bits
 
 
 class InKernel:
@@ -112,8 +113,12 @@ def refused_functions(problem: spec.Problem) -> str | None:
         if reason is not None:
             return f"cannot run this {name}: {reason}"
     x = problem.operands
-    wide = [c.dtype for c in (*x.score_consts, *x.mask_consts) if c.dtype.itemsize > 4]
-    return f"takes captured arrays of at most 32 bits; got {wide[0]}" if wide else None
+    captured = (*x.score_consts, *x.mask_consts)
+    wide = [c.dtype for c in captured if c.dtype.itemsize > 4]
+    if wide:
+        return f"takes captured arrays of at most 32 bits; got {wide[0]}"
+    large = [c.shape for c in captured if math.prod(c.shape) > _MOST_ELEMENTS]
+    return f"counts elements of captured arrays in 32 bits; got {large[0]}" if large else None
 
 
 def _run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:

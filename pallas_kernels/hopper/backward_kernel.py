@@ -341,6 +341,11 @@ class Backward(Kernel):
         return rounds_dq(self.problem, self.config)
 
     @property
+    def hides_keys(self) -> bool:
+        """Also where no row is there to see any: dP of what it does not see must be a number."""
+        return super().hides_keys or self.refs.x.query_lengths is not None
+
+    @property
     def registers(self) -> tuple[int, int]:
         """Of a consumer's thread and of the producer's, which may have more to do than to copy."""
         rounds_wide = self.takes_first and max(self.problem.H, self.problem.Hv) > ROWS

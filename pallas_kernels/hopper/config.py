@@ -72,6 +72,13 @@ class Config:
     def block_q(self) -> int:
         return self.consumers * self.rows
 
+    def divides_pages(self, problem: spec.Problem) -> bool:
+        """Whether tiles of keys are whole pages, or pages whole tiles, if keys are in pages."""
+        if problem.operands.page_table is None:
+            return True
+        page_size = problem.operands.key.shape[1]
+        return self.block_kv % page_size == 0 or page_size % self.block_kv == 0
+
     @property
     def part(self) -> int:
         """Keys in a part."""

@@ -17,7 +17,7 @@ def is_hopper(device: spec.Device) -> bool:
 
 def multiprocessors(device: spec.Device) -> int:
     """Of a Hopper GPU; one too many would cost time, and nothing else."""
-    for name, count in (("H100 PCIe", 114), ("H20-", 78), ("H20 ", 78)):
+    for name, count in (("H100 PCIe", 114), ("H800 PCIe", 114), ("H20-", 78), ("H20 ", 78)):
         if name in f"{device.kind} ":
             return count
     return 132

@@ -37,6 +37,8 @@ class Hidden(NamedTuple):
         p, x, seen = k.problem, k.refs.x, k.refs.map and k.refs.map.seen
         rows = visits.row_count(p, x, work.batch)
         keys = visits.key_count(p, x, work.batch)
+        if x.query_lengths is not None:
+            keys = jnp.where(rows > 0, keys, 0)
         key0 = kv_block * k.config.block_kv
         start, stop = visits.band_of(p, x, work.batch).any_keys(0, rows, keys)
         end = key0 + k.config.block_kv

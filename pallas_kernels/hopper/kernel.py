@@ -111,6 +111,7 @@ class Forms(NamedTuple):
         sizes = Sizes.of(p.operands)
         staging = c.staging(p.H, p.Hv, sizes)
         assert staging is not None, f"{c} needs too much shared memory for {p.H=}, {p.Hv=}"
+        assert c.divides_pages(p), f"{c} cuts pages of {p.operands.key.shape[1]} tokens"
         assert c.turned or not p.operands.has_narrow_pages, "what is widened is a left operand"
         assert not c.turned or not (p.operands.is_quantized or p.Hv % ROWS), "no product has V^T"
         table = p.operands.page_table

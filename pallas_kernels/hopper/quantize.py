@@ -104,7 +104,9 @@ def quantize(
         matrix, (values, scales, *scratch) = rest[: len(operands) - 1], rest[len(operands) - 1 :]
         x_smem, *matrix_smem, out_smem, rows_smem, barrier = scratch
         x_smem, out_smem, *matrix_smem = map(mosaic.Matrix.of, (x_smem, out_smem, *matrix_smem))
-        block, head, batch = (lax.axis_index(name) for name in ("block", "head", "batch"))
+        number = lax.axis_index("block")
+        of_batch, head = lax.div(number, N), lax.rem(number, N)
+        batch, block = lax.div(of_batch, blocks), lax.rem(of_batch, blocks)
         tokens = pl.ds(block * TOKENS, TOKENS)
         mosaic.copy_in(x.at[batch, tokens, head], x_smem, barrier)
         for gmem, smem in zip(matrix, matrix_smem, strict=True):
@@ -148,7 +150,8 @@ def quantize(
             jax.ShapeDtypeStruct((B, blocks, N), jnp.float32),
         ],
         scratch_types=form.scratch(x.dtype),
-        grid={"head": N, "block": blocks, "batch": B},
+        # Along one axis, for the others may have no more than 65,535.
+        grid={"block": N * blocks * B},
     )
     values, scales = call(*operands)
     return values, scales

@@ -27,9 +27,9 @@ def scales_of(x: jax.Array, per: str = "block") -> jax.Array:
     size = jnp.abs(x.astype(jnp.float32))
     if per == "block":
         size = _blocks(size)  # [B, blocks, tokens, N, H]
-        size = jnp.max(size, axis=(2, 4))
+        size = jnp.max(size, axis=(2, 4), initial=0)
     else:
-        of_heads = jnp.max(size, axis=(1, 3) if per == "head" else None)
+        of_heads = jnp.max(size, axis=(1, 3) if per == "head" else None, initial=0)
         size = jnp.broadcast_to(of_heads, (x.shape[0], x.shape[2]))[:, None]
     return jnp.maximum(size / LARGEST, LEAST)
 
@@ -63,12 +63,12 @@ def in_operand_order(x: Any) -> Any:
     Of each sixteen, numbered ``8 a + 2 q + b`` with a and b below 2 and q below 4, that one comes
     to place ``4 q + 2 a + b``: where a thread finds what it holds of a product's result.
     """
-    return x.reshape(*x.shape[:-1], -1, 2, 4, 2).swapaxes(-3, -2).reshape(x.shape)
+    return x.reshape(*x.shape[:-1], x.shape[-1] // 16, 2, 4, 2).swapaxes(-3, -2).reshape(x.shape)
 
 
 def from_operand_order(x: jax.Array) -> jax.Array:
     """Undoes `in_operand_order`."""
-    return x.reshape(*x.shape[:-1], -1, 4, 2, 2).swapaxes(-3, -2).reshape(x.shape)
+    return x.reshape(*x.shape[:-1], x.shape[-1] // 16, 4, 2, 2).swapaxes(-3, -2).reshape(x.shape)
 
 
 def hadamard(columns: int) -> np.ndarray:
@@ -89,7 +89,7 @@ def _blocks(x: jax.Array) -> jax.Array:
     """[B, T, ...] as [B, blocks, SCALED, ...]; one of fewer tokens if there are fewer."""
     size = min(SCALED, max(x.shape[1], 1))
     x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), *((0, 0),) * (x.ndim - 2)))
-    return x.reshape(x.shape[0], -1, size, *x.shape[2:])
+    return x.reshape(x.shape[0], x.shape[1] // size, size, *x.shape[2:])
 
 
 def _spread(scales: jax.Array, tokens: int) -> jax.Array:
