@@ -181,8 +181,9 @@ def explain(
       **options: every other option of ``dot_product_attention``.
 
     Returns:
-      The name of the backend that runs, each backend's refusal and, if the query is sharded, what
-      kernels under ``jit`` divide among devices and what is gathered; ``str`` of it is a table.
+      The name of the backend that runs, each backend's refusal, why its gradients would be those of
+      `xla` if all arrays were differentiated, and, if the query is sharded, what kernels under
+      ``jit`` divide among devices and what is gathered; ``str`` of it is a table.
 
     Raises:
       ValueError, TypeError: as ``dot_product_attention``, but not when a backend refuses.

@@ -16,21 +16,28 @@ Results = tuple[jax.Array, jax.Array]
 class Backend(NamedTuple):
     """One way to compute attention.
 
-    ``supports`` returns None, or the reason why it refuses; it speaks for the forward and for
-    every gradient. ``backward`` takes (problem, operands, out, lse, dout, dlse); without one, JAX
-    differentiates the forward.
+    ``supports`` returns None, or the reason why it refuses. ``backward`` takes (problem, operands,
+    out, lse, dout, dlse); without one, JAX differentiates the forward. ``lacks_gradients`` returns
+    None, or the reason why ``backward`` is that of `xla`.
     """
 
     name: str
     supports: Callable[[spec.Problem], str | None]
     forward: Callable[[spec.Problem, spec.Operands], Results]
     backward: Callable[..., spec.Operands] | None
+    lacks_gradients: Callable[[spec.Problem], str | None] = lambda problem: None
 
 
 # In the order in which they are tried.
 BACKENDS = (
-    Backend("hopper", hopper.supports, native.forward, native.backward),
-    Backend("triton", portable.supports, portable.forward, portable.backward),
+    Backend("hopper", hopper.supports, native.forward, native.backward, native.lacks_gradients),
+    Backend(
+        "triton",
+        portable.supports,
+        portable.forward,
+        portable.backward,
+        portable.lacks_gradients,
+    ),
     Backend("xla", xla.supports, emulating(xla.forward), xla.backward),
     Backend("reference", reference.supports, emulating(reference.forward), None),
 )
@@ -50,6 +57,7 @@ class Explanation(NamedTuple):
     runs: str | None
     refusals: dict[str, str | None]  # None: the backend would accept
     sharding: str | None = None  # what is divided among devices, and what is gathered
+    gradients: str | None = None  # why those of the backend that runs, all of them, are `xla`'s
 
     def __str__(self) -> str:
         width = max(map(len, self.refusals))
@@ -60,7 +68,7 @@ class Explanation(NamedTuple):
 
     def _verdict(self, name: str, refusal: str | None) -> str:
         if name == self.runs:
-            return "runs"
+            return f"runs; gradients by xla: {self.gradients}" if self.gradients else "runs"
         return "would run if asked for" if refusal is None else f"refuses: {refusal}"
 
 
@@ -100,7 +108,8 @@ def explain(
     """Asks every backend about ``problem``."""
     check_name(implementation)
     refusals = {backend.name: backend.supports(problem) for backend in backends or BACKENDS}
-    accepting = [
-        name for name, why in refusals.items() if why is None and implementation in (None, name)
-    ]
-    return Explanation(accepting[0] if accepting else None, refusals)
+    for backend in backends or BACKENDS:
+        if refusals[backend.name] is None and implementation in (None, backend.name):
+            lacks = backend.lacks_gradients(problem)
+            return Explanation(backend.name, refusals, gradients=lacks)
+    return Explanation(None, refusals)

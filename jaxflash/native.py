@@ -58,8 +58,11 @@ def attend_cache(problem: spec.Problem, operands: spec.Operands) -> Any:
     return (gathering(forward) if operands.has_narrow_pages else forward)(problem, operands)
 
 
+lacks_gradients = hopper.supports_backward
+
+
 def backward(problem: spec.Problem, operands: spec.Operands, *rest: jax.Array) -> Any:
     """Gradients by the kernel where it has them, else by XLA; takes out, lse and cotangents."""
-    if hopper.supports_backward(problem):
+    if lacks_gradients(problem):
         return xla.backward(problem, operands, *rest)
     return _backward(problem, operands, *rest)

@@ -38,9 +38,15 @@ def attend_cache(problem: spec.Problem, operands: spec.Operands) -> Any:
     return folding(partitioned(kernels.decode if few else kernels.forward))(problem, operands)
 
 
+def lacks_gradients(problem: spec.Problem) -> str | None:
+    """Why gradients are by XLA, or None."""
+    reason: str | None = _kernels()[0].supports_backward(problem)
+    return reason
+
+
 def backward(problem: spec.Problem, operands: spec.Operands, *rest: jax.Array) -> Any:
     """Gradients by the kernels where they have them, else by XLA."""
     kernels, _ = _kernels()
-    if kernels.supports_backward(problem):
+    if lacks_gradients(problem):
         return xla.backward(problem, operands, *rest)
     return folding(partitioned(kernels.backward), differentiates=True)(problem, operands, *rest)

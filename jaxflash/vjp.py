@@ -1,4 +1,4 @@
-"""The only custom_vjp of the library: it joins a backend's forward with its backward."""
+"""The custom_vjp that joins a backend's forward with its backward; rings have one of their own."""
 
 import dataclasses
 import functools

@@ -12,6 +12,7 @@ import pytest
 import jaxflash
 from jaxflash import api, dispatch, xla
 from jaxflash.arguments import canonicalize
+from pallas_kernels import hopper, mosaic
 from pallas_kernels.common import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,6 +58,23 @@ def test_refusals_are_raised_and_explained(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(dispatch, "BACKENDS", (picky,))
     with pytest.raises(ValueError, match="no implementation supports this call"):
         jaxflash.dot_product_attention(x, x, x)
+
+
+def test_gradients_of_another_backend_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = _XLA._replace(name="partial", lacks_gradients=hopper.supports_backward)
+    monkeypatch.setattr(dispatch, "BACKENDS", (backend, *dispatch.BACKENDS))
+    table = jnp.ones(4)
+
+    def modified(s: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
+        return s + table[h]
+
+    found = jaxflash.explain(X, X, X, score_mod=modified)
+    if mosaic.Sums.exist():
+        assert found.gradients == "differentiates no arrays that score_mod captures"
+        assert jaxflash.explain(X, X, X).gradients is None
+    else:
+        assert found.gradients == "needs JAX 0.11 or newer"
+    assert f"partial    runs; gradients by xla: {found.gradients}" in str(found)
 
 
 def test_examples_in_docstrings_run() -> None:

@@ -46,7 +46,7 @@ from pallas_kernels.mosaic.matrix import (
     copy_rows_in,
     smem_of_two,
 )
-from pallas_kernels.mosaic.memory import Ref, layout_cast, load, store, tiled_smem
+from pallas_kernels.mosaic.memory import Ref, load, store, tiled_smem
 from pallas_kernels.mosaic.narrow import NARROWED_NUMBERS, narrow_rows
 from pallas_kernels.mosaic.numbers import copy_number_in, wait_numbers
 from pallas_kernels.mosaic.ordered import store_for_widened_rows, store_from_widened_columns
@@ -124,7 +124,6 @@ __all__ = [
     "is_interpreting",
     "kept_rows",
     "kernel",
-    "layout_cast",
     "load",
     "load_columns",
     "load_matrix",

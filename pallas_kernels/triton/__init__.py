@@ -1,8 +1,8 @@
 """Pallas-Triton kernels for NVIDIA GPUs from compute capability 8.0 on.
 
 FlashAttention-2 (Dao 2023): a program for each tile of queries, in the backward one for each tile
-of keys and one for each tile of queries. JAX has deprecated Pallas-Triton: nothing outside of this
-folder knows of it, but for one line in dispatch.
+of keys and one for each tile of queries. JAX has deprecated Pallas-Triton: of the library
+`jaxflash.portable` alone knows of this folder, and does without it where it cannot be imported.
 """
 
 from pallas_kernels.triton.backward import backward, supports_backward
