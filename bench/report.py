@@ -55,9 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _introduction(found: Found) -> str:
-    tables = [t for table in found.rows for t in (table, f"{table}-part")]
+    tables = (name for table in found.rows for name in (table, f"{table}-part"))
+    files = {name: f"{name}-{results.slug(found.device)}.md" for name in tables}
     names = ", ".join(
-        f"[{t}]({_relative(found, t)})" for t in tables if (found.folder / _file(found, t)).exists()
+        f"[{name}]({found.folder.name}/{file})"
+        for name, file in files.items()
+        if (found.folder / file).exists()
     )
     return (
         "# The seed document's tables, answered\n\n"
@@ -67,11 +70,3 @@ def _introduction(found: Found) -> str:
         f"{found.device}; *compiled* means the compiler's memory analysis, for a device that need "
         "not be there; *scaled* means that some layers were run and the rest calculated."
     )
-
-
-def _relative(found: Found, table: str) -> str:
-    return f"{found.folder.name}/{_file(found, table)}"
-
-
-def _file(found: Found, table: str) -> str:
-    return f"{table}-{results.slug(found.device)}.md"

@@ -88,11 +88,10 @@ def select(
     backends: tuple[Backend, ...] | None = None,
 ) -> Backend:
     """The backend named, or the first that supports the problem. Never falls back silently."""
-    explanation = explain(problem, implementation, backends)
-    for backend in backends or BACKENDS:
-        if backend.name == explanation.runs:
-            return backend
-    refusals = {k: v for k, v in explanation.refusals.items() if implementation in (None, k)}
+    backend, refusals = _choose(problem, implementation, backends or BACKENDS)
+    if backend is not None:
+        return backend
+    refusals = {k: v for k, v in refusals.items() if implementation in (None, k)}
     raise ValueError(
         "no implementation supports this call: "
         + "; ".join(f"{name!r} refuses: {why}" for name, why in refusals.items())
@@ -100,16 +99,23 @@ def select(
     )
 
 
-def explain(
-    problem: spec.Problem,
-    implementation: str | None,
-    backends: tuple[Backend, ...] | None = None,
-) -> Explanation:
-    """Asks every backend about ``problem``."""
+def explain(problem: spec.Problem, implementation: str | None) -> Explanation:
+    """Asks every backend about ``problem``, and the one that runs about gradients."""
+    backend, refusals = _choose(problem, implementation, BACKENDS)
+    if backend is None:
+        return Explanation(None, refusals)
+    return Explanation(backend.name, refusals, gradients=backend.lacks_gradients(problem))
+
+
+def _choose(
+    problem: spec.Problem, implementation: str | None, backends: tuple[Backend, ...]
+) -> tuple[Backend | None, dict[str, str | None]]:
+    """The backend that runs, if one does, and what each says."""
     check_name(implementation)
-    refusals = {backend.name: backend.supports(problem) for backend in backends or BACKENDS}
-    for backend in backends or BACKENDS:
-        if refusals[backend.name] is None and implementation in (None, backend.name):
-            lacks = backend.lacks_gradients(problem)
-            return Explanation(backend.name, refusals, gradients=lacks)
-    return Explanation(None, refusals)
+    refusals = {backend.name: backend.supports(problem) for backend in backends}
+    accepting = (
+        backend
+        for backend in backends
+        if refusals[backend.name] is None and implementation in (None, backend.name)
+    )
+    return next(accepting, None), refusals

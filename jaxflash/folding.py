@@ -54,10 +54,9 @@ def _folds(problem: spec.Problem, is_mapped: spec.Operands, differentiates: bool
     others = set(is_mapped._fields) - set(_BY_BATCH)
     if differentiates and jax.tree.leaves([getattr(problem.operands, n) for n in others]):
         return False
-    if differentiates and problem.differentiates("bias"):
-        is_shared = problem.operands.bias.shape[0] == 1 and (not is_mapped.bias or problem.B > 1)
-        if is_shared:
-            return False
+    of_bias = differentiates and problem.differentiates("bias")
+    if of_bias and problem.operands.bias.shape[0] == 1 and (problem.B > 1 or not is_mapped.bias):
+        return False
     return not any(jax.tree.leaves([getattr(is_mapped, name) for name in others]))
 
 

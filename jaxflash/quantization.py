@@ -106,14 +106,16 @@ def lowered(
     """
     if problem.precision != rules.FP8:
         return problem, x
-    hidden_from = {"key": x.key_value_lengths, "value": x.key_value_lengths}
+    first, last = 0, problem.S
+    if problem.static_band is not None and problem.T > 0:
+        first, last = problem.static_band.any_keys(0, problem.T, problem.S)
+    keys = first, spec.extent(x.key_value_lengths, last)
+    tokens = {"key": keys, "value": keys}
     if not leave_query:
-        hidden_from["query"] = x.query_lengths
+        tokens["query"] = 0, spec.extent(x.query_lengths, problem.T)
     found: dict[str, Any] = {}
-    for name, lengths in hidden_from.items():
-        y = _zeroed_beyond(getattr(x, name), lengths)
-        if name != "query":
-            y = _zeroed_where_unseen(problem, y)
+    for name, (start, stop) in tokens.items():
+        y = _zeroed_outside(getattr(x, name), start, stop)
         found[name], found[f"{name}_scale"] = quantize(y, "block", name == "value", False)
     x = x._replace(**found)
     return dataclasses.replace(problem.of(x), precision=None), x
@@ -156,22 +158,13 @@ def emulating(forward: Forward) -> Forward:
     return run
 
 
-def _zeroed_beyond(x: jax.Array, lengths: Any) -> jax.Array:
-    if lengths is None:
+def _zeroed_outside(x: jax.Array, start: int, stop: Any) -> jax.Array:
+    """[B, T, N, H], zero but for tokens of ``[start, stop)``; ``stop`` may be an array [B]."""
+    if not isinstance(stop, jax.Array) and (start, stop) == (0, x.shape[1]):
         return x
-    exists = jnp.arange(x.shape[1]) < lengths[:, None]
+    token = jnp.arange(x.shape[1])
+    exists = (start <= token) & (token < jnp.reshape(stop, (-1, 1)))
     return jnp.where(exists[:, :, None, None], x, 0)
-
-
-def _zeroed_where_unseen(problem: spec.Problem, x: jax.Array) -> jax.Array:
-    """Keys or values, zero where the band, if it is static, hides them from all rows."""
-    if problem.static_band is None or problem.T == 0:
-        return x
-    start, stop = problem.static_band.any_keys(0, problem.T, problem.S)
-    if (start, stop) == (0, problem.S):
-        return x
-    key = jnp.arange(problem.S)
-    return jnp.where(((start <= key) & (key < stop))[:, None, None], x, 0)
 
 
 def flat(x: Any, batch: tuple[int, ...]) -> Any:

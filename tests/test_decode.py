@@ -104,9 +104,8 @@ CALLS = [
 INTERPRETED = (
     "longer_than_held", "many_rows", "value_dim", "odd_capacity", "alibi_and_sinks", "pages_256",
     "pages_everything", "chunk_of_prefill_16", "chunk_of_wide_heads", "empty_sequence", "counts",
-    "counts_of_pages",
-    "fp8_pages", "fp8_pages_everything", "fp8_pages_of_all_sizes", "int8_pages", "int8_chunk",
-    "int8_few_pages", "key_dim", "fp8_many_rows",
+    "counts_of_pages", "fp8_pages", "fp8_pages_everything", "fp8_pages_of_all_sizes", "int8_pages",
+    "int8_chunk", "int8_few_pages", "key_dim", "fp8_many_rows",
 )  # fmt: skip
 # Too much alike to the others to be interpreted.
 NOT_BY_TRITON = ("full_cache", "multi_query", "float16", "pages_128")

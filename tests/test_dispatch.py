@@ -77,6 +77,19 @@ def test_gradients_of_another_backend_are_explained(monkeypatch: pytest.MonkeyPa
     assert f"partial    runs; gradients by xla: {found.gradients}" in str(found)
 
 
+def test_gradients_are_not_asked_for_to_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may need the derivative of a function that is never differentiated."""
+
+    def lacks(problem: Any) -> str:
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(dispatch, "BACKENDS", (_XLA._replace(lacks_gradients=lacks),))
+    x = jnp.ones((1, 4, 1, 8))
+    jaxflash.dot_product_attention(x, x, x)
+    with pytest.raises(AssertionError, match="asked"):
+        jaxflash.explain(x, x, x)
+
+
 def test_examples_in_docstrings_run() -> None:
     result = doctest.testmod(api)
     assert result.attempted > 5

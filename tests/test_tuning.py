@@ -107,8 +107,8 @@ def test_tiles_and_pages_divide_each_other(page_size: int, H: int, options: dict
     pages = jax.ShapeDtypeStruct((99, page_size, 2048, H), jnp.bfloat16)
     table = jax.ShapeDtypeStruct((1, 16), jnp.int32)
     x = problem.operands._replace(key=pages, value=pages, page_table=table)
-    config = tuning.hopper_config(dataclasses.replace(problem, operands=x))
-    assert config.divides_pages(dataclasses.replace(problem, operands=x))
+    problem = dataclasses.replace(problem, operands=x)
+    assert tuning.hopper_config(problem).divides_pages(problem)
 
 
 def test_lookup_leaves_what_was_not_measured_to_the_default() -> None:

@@ -31,9 +31,8 @@ def enforce(x: Any, *rules: Rule, debug_checks: bool) -> Any:
       ValueError: a rule is broken; from inside jit it arrives as jax.errors.JaxRuntimeError.
     """
     for rule in rules:
-        is_static = isinstance(
-            rule.holds, np.ndarray | np.generic
-        )  # one number compares to no array
+        # Two numbers compare to one that is no array.
+        is_static = isinstance(rule.holds, np.ndarray | np.generic)
         if not (is_static or debug_checks) or rule.holds.size == 0:
             continue
         first = _first_failure(rule, np if is_static else jnp)

@@ -77,7 +77,8 @@ def ulysses_attention(
         raise ValueError(f"{n} devices must divide the query's heads; got {N=}")
     if K % n and n % K:
         raise ValueError(f"{n} devices must divide the key-value heads, or they them; got {K=}")
-    first = lax.axis_index(axis_name) * (N // n)
+    device = lax.axis_index(axis_name)
+    first = device * (N // n)
     if n > K:
         key, value = (jnp.repeat(x, n // K, axis=-2) for x in (key, value))
 
@@ -89,19 +90,19 @@ def ulysses_attention(
             return None
         return lax.all_gather(ids, axis_name, axis=ids.ndim - 1, tiled=True)
 
-    def own(of_heads: Any) -> Any:
+    def own(of_heads: Any, axis: int = 0) -> Any:
         """Of this device's heads."""
         if of_heads is None:
             return None
-        return lax.dynamic_slice_in_dim(of_heads, first, N // n)
+        return lax.dynamic_slice_in_dim(of_heads, first, N // n, axis)
 
     def of_logits(x: Any) -> Any:
         """What broadcasts to the logits, of this device's heads."""
-        if x is None or jnp.ndim(x) < 3 or x.shape[-3] == 1:
+        if jnp.ndim(x) < 3 or x.shape[-3] == 1:
             return x
         if x.shape[-3] != N:
             raise ValueError(f"bias and mask must be of all {N} heads or of one; got {x.shape}")
-        return lax.dynamic_slice_in_dim(x, first, N // n, x.ndim - 3)
+        return own(x, x.ndim - 3)
 
     def back(x: jax.Array, heads: int) -> jax.Array:
         return lax.all_to_all(x, axis_name, heads - 1, heads, tiled=True)
@@ -115,7 +116,7 @@ def ulysses_attention(
         alibi_slopes=own(alibi_slopes),
         sinks=own(sinks),
         **{k: of_logits(x) for k, x in (("bias", bias), ("mask", mask)) if x is not None},
-        **_of_heads(options, first, lax.axis_index(axis_name)),
+        **_of_heads(options, first, device),
     )
     if isinstance(found, tuple):
         out, lse = found

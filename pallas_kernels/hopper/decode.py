@@ -27,8 +27,7 @@ from pallas_kernels.hopper.launch import launch, supports
 # The most stages, and the bytes of keys and values that are on their way to a block, unless two
 # stages have more: with more all come more slowly, with less a block waits. Those of 8 bits wait
 # for their consumer, too (bench/LOG.md, decoding).
-_STAGES, _IN_FLIGHT = 6, 64 * 1024
-_STAGES_TO_WIDEN, _IN_FLIGHT_TO_WIDEN = 4, 96 * 1024
+_RING, _RING_TO_WIDEN = (6, 64 * 1024), (4, 96 * 1024)
 # In bytes of keys and values that are read in the same time: what a part of a walk costs beside
 # them, and what it costs that there are parts to merge. And what share of a part the last block is
 # late by where sequences differ. The first two measured (bench/LOG.md, decoding), the third a
@@ -119,9 +118,7 @@ def decode_config(problem: spec.Problem) -> Config:
     is_large = max(p.H, p.Hv) > 128 or rows > max(_FEW_ROWS)
     block_kv = 2 * ROWS if widens and not is_large else ROWS
     of_stage = block_kv * (p.H + p.Hv) * p.operands.key.dtype.itemsize
-    most, in_flight = _STAGES, _IN_FLIGHT
-    if widens:
-        most, in_flight = _STAGES_TO_WIDEN, _IN_FLIGHT_TO_WIDEN
+    most, in_flight = _RING_TO_WIDEN if widens else _RING
     for stages in range(min(max(in_flight // of_stage, 2), most), 1, -1):
         c = Config(
             consumers=1,
