@@ -35,6 +35,8 @@ CANDIDATES: dict[int, tuple[Config, ...]] = {
         Config(consumers=4, block_kv=64, stages=4),
         Config(consumers=4, block_kv=64, stages=4, ping_pong=True),
         Config(consumers=4, block_kv=96, stages=3, ping_pong=True, overlaps=False, parts=3),
+        Config(consumers=3, stages=3, ping_pong=True, overlaps=False, parts=2),
+        Config(consumers=3, block_kv=192, ping_pong=True, overlaps=False, parts=3),
     ),
     128: (
         Config(),
@@ -43,7 +45,7 @@ CANDIDATES: dict[int, tuple[Config, ...]] = {
         Config(consumers=3, q_stages=1, ping_pong=True, overlaps=False, parts=2),
     ),
     192: (Config(block_kv=96, q_stages=1), Config(block_kv=64)),
-    256: (Config(block_kv=64, q_stages=1), Config(block_kv=64, q_stages=1, ping_pong=True)),
+    256: (Config(block_kv=64, q_stages=1),),
 }
 LENGTHS: dict[int, tuple[int, ...]] = {
     64: (512, 1024, 2048, 4096, 16384),

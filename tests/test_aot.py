@@ -89,13 +89,14 @@ def _forwards() -> dict[str, tuple[int, int, int, dict[str, Any]]]:
 
 
 FORWARDS = _forwards()
-# Bytes that are stored and loaded once a tile, before and after its visits.
+# Bytes that are stored and loaded once a tile, before and after its visits; of a window in each of
+# those that need a mask.
 _SPILLED = {
-    "full-64-4-96-3-2-False-True-False-3": 4,
     "band-128-3-128-2-1-False-True-False-2": 20,
     "data-256-2-64-2-1-False-False": 4,
-    "window-64": 4,
+    "window-64": 36,
     "bias-128": 8,
+    "sinks-128": 16,
 }
 _ARRAYS = ("bias", "mask", "sinks", "alibi_slopes", "query_segment_ids", "key_value_segment_ids")
 

@@ -119,10 +119,16 @@ def test_quantized_array_is_a_pytree_that_looks_like_the_array() -> None:
 def _attainable(
     query: jax.Array, key: jax.Array, value: jax.Array, options: dict[str, Any]
 ) -> jax.Array:
-    """What rounding probabilities costs: the reference, with its weights rounded to e4m3."""
+    """What rounding probabilities costs: the reference, with its weights rounded to e4m3.
+
+    The largest of a row is some number between 2^6 and 2^8.8: they are relative to what was the
+    largest before, as long as they fit.
+    """
     eye = jnp.broadcast_to(jnp.eye(key.shape[1])[None, :, None], (*key.shape[:3], key.shape[1]))
     weights = _exact(query, key, eye, options)[0]  # [B, T, N, S]
-    unit = jnp.max(weights, axis=3, keepdims=True) / 256
+    row = jnp.arange(query.shape[1])[:, None, None]
+    largest = jnp.exp2(6 + 2.8 * (row * 0.618 % 1))
+    unit = jnp.max(weights, axis=3, keepdims=True) / largest
     unit = jnp.where(unit > 0, unit, 1)
     weights = (weights / unit).astype(rules.DTYPE).astype(jnp.float32) * unit
     value = jnp.repeat(value, query.shape[2] // key.shape[2], axis=2)
@@ -282,6 +288,22 @@ def test_tiles_that_blocks_with_scales_cut(config: hopper.Config, options: Any) 
     with running("hopper"):
         out, lse = hopper.forward(*canonicalize(*rounded, **options), config)
     _check(out, lse, [x.dequantize() for x in rounded], options, "hopper")
+
+
+@pytest.mark.kernel
+@pytest.mark.skipif(not _RUNS_KERNELS, reason="this JAX cannot interpret the kernels")
+@pytest.mark.parametrize("growth", [-0.03, -1.0, -10.0])
+def test_logits_that_grow_with_each_tile(growth: float) -> None:
+    """Keys are visited from the last to the first: of each block logits are larger, or negative."""
+    query, key, value = (_random(1, n, 1, 64, seed=i) for i, n in enumerate((130, 600, 600)))
+    steps = growth * (jnp.arange(600) // 128 - 3)
+    key = (key * 0.1).at[..., 0].set(steps[:, None].astype(key.dtype))
+    query = (query * 0.1).at[..., 0].set(jnp.linspace(0, 8, 130)[:, None].astype(query.dtype))
+    rounded = [jaxflash.quantize(x, is_value=i == 2) for i, x in enumerate((query, key, value))]
+    config = hopper.Config(consumers=3, stages=3, ping_pong=True, overlaps=False, parts=2)
+    with running("hopper"):
+        out, lse = hopper.forward(*canonicalize(*rounded), config)
+    _check(out, lse, [x.dequantize() for x in rounded], {}, "hopper")
 
 
 def _error_of_logits(query: jax.Array, key: jax.Array, options: dict[str, Any]) -> float:

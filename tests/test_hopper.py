@@ -113,16 +113,35 @@ def test_tiles_of_any_size(H: int, config: hopper.Config, options: dict[str, Any
 
 
 @runs
-@pytest.mark.parametrize("growth", [0.02, 1.0])
-def test_wide_heads_whose_logits_grow(growth: float) -> None:
-    """Sums of wide heads stay relative to an older maximum until a row outgrows it by far."""
-    q, k, v = _normal(0, 1, 70, 2, 144), _normal(1, 1, 330, 1, 144), _normal(2, 1, 330, 1, 144)
-    # Each key's logits are larger than those of the keys before it, by steps of both kinds.
-    k = (k * 0.1).at[..., 0].set((growth * jnp.arange(330)[:, None]).astype(k.dtype))
+@pytest.mark.parametrize("steps", [(0, 0.02), (330, -1.0), (-5, -0.02), (-400, 1.0)], ids=str)
+@pytest.mark.parametrize(
+    ("H", "config"),
+    [
+        (144, hopper.Config(block_kv=64, q_stages=1)),
+        (64, hopper.Config(block_kv=64)),
+        (64, hopper.Config(block_kv=64, ping_pong=True, overlaps=False, parts=2)),
+    ],
+    ids=str,
+)
+def test_logits_that_grow(H: int, config: hopper.Config, steps: tuple[float, float]) -> None:
+    """Sums stay relative to an older maximum until a row outgrows it by far.
+
+    Keys are visited from the last to the first. Logits are those of the first, and of each next one
+    so much more: they grow by much, by little, and where all are negative.
+    """
+    first, step = steps
+    q, k, v = _normal(0, 1, 70, 2, H), _normal(1, 1, 330, 1, H), _normal(2, 1, 330, 1, H)
+    logits = first + step * jnp.arange(330)
+    k = (k * 0.1).at[..., 0].set(logits[:, None].astype(k.dtype))
     q = (q * 0.1).at[..., 0].set(jnp.linspace(0, 4, 70)[:, None].astype(q.dtype))
-    options = {"is_causal": True, "query_offset": 200, "sinks": jnp.array([3.0, -2.0])}
+    options = {
+        "is_causal": True,
+        "query_offset": 260,
+        "sinks": jnp.array([3.0, -2.0]),
+        "scale": 0.1,
+    }
     with _running():
-        out, lse = _attention(q, k, v, **options, return_residual=True)
+        out, lse = hopper.forward(*canonicalize(q, k, v, **options), config)
     truth, lse_of_truth = jaxflash.dot_product_attention(
         q, k, v, **options, implementation="reference", return_residual=True
     )

@@ -133,9 +133,19 @@ def consume_apart(c: Consumer) -> Any:
 
     def attend(state: Any) -> Any:
         round_, step, tile = state
-        stats, o, step = visits_apart(c, k.schedule.work(tile), round_, step)
-        work = k.schedule.work(mosaic.opaque(tile))  # computed again rather than held
-        store(c, work, o, finish(c, work, stats))
+
+        def of_rows() -> Any:
+            stats, o, following = visits_apart(c, k.schedule.work(tile), round_, step)
+            work = k.schedule.work(mosaic.opaque(tile))  # computed again rather than held
+            store(c, work, o, finish(c, work, stats))
+            return following
+
+        if k.has_tiles_without_rows:
+            work = k.schedule.work(tile)
+            has_rows = c.row0(work) < k.problem.T
+            step = lax.cond(has_rows, of_rows, lambda: pass_visits(c, work, round_, step))
+        else:
+            step = of_rows()
         return round_ + 1, step, next_tile(k, round_ + 1)[0]
 
     zero = jnp.int32(0)
@@ -164,10 +174,10 @@ def visits_apart(c: Consumer, work: Work, round_: Any, step: Any) -> tuple[Stats
             raised = c.raised(q_stage, stage)
             wait_turn(c)
             s = mosaic.settle(start_scores(c, q_stage, step + j))
-            pass_turn(c)
             mosaic.barrier_arrive(r.k_free.at[stage])
-            scores = visit.scores(stats, s, raised)
-            o, sums = k.decayed(o, scores.decay), scores.sums
+            scores, o = visit.scores(stats, s, raised, o)
+            sums = scores.sums
+            pass_turn(c)
             mosaic.barrier_wait(r.v_full.at[stage])
             for part in range(k.config.parts):
                 p, sums = scores.probabilities(sums, part)
@@ -183,6 +193,25 @@ def visits_apart(c: Consumer, work: Work, round_: Any, step: Any) -> tuple[Stats
     stats, o = k.over_visits(walk, 0, visits, (Stats.start(k), k.orientation.no_outputs()))
     mosaic.barrier_arrive(r.q_free.at[q_stage])
     return stats, o, step + mosaic.opaque(walk.count)
+
+
+def pass_visits(c: Consumer, work: Work, round_: Any, step: Any) -> Any:
+    """In place of `visits_apart` and of what follows, where a consumer has no rows; the step."""
+    k, r = c.k, c.k.refs
+    count = k.walk(work).count
+
+    def one(j: Any, _: None) -> None:
+        stage = lax.rem(step + j, k.config.stages)
+        mosaic.barrier_wait(r.k_full.at[stage])
+        wait_turn(c)
+        pass_turn(c)
+        mosaic.barrier_arrive(r.k_free.at[stage])
+        mosaic.barrier_wait(r.v_full.at[stage])
+        mosaic.barrier_arrive(r.v_free.at[stage])
+
+    lax.fori_loop(0, count, one, None)
+    mosaic.barrier_arrive(r.q_free.at[lax.rem(round_, k.config.q_stages)])
+    return step + count
 
 
 def begin(c: Consumer, work: Work, round_: Any, step: Any) -> Carry:
@@ -223,7 +252,7 @@ def visit_rest(c: Consumer, work: Work, round_: Any, step: Any, carry: Carry) ->
             wait_early(k, j + 1 < walk.count, step + j + 1)
             o = settled(o)
             mosaic.barrier_arrive(r.v_free.at[before])
-            return Carry(stats, k.orientation.given(p, step + j), k.decayed(o, decay))
+            return Carry(stats, k.orientation.given(p, step + j), k.decayed(o, decay, masked))
 
         return one
 

@@ -21,12 +21,11 @@ from pallas_kernels.hopper.orientation import Orientation
 LOG2_E = math.log2(math.e)
 
 
-RANGE = 8.0  # log2 of what probabilities are multiplied by to be 8-bit numbers: 448 is the largest
-RANGE_OF_HALF = 12.0  # the same for float16, where what is small would be lost
-# log2 of how much larger than what they are divided by probabilities may grow: until then sums stay
-# as they are, which saves more instructions than it costs where there are many columns.
-PATIENCE = 8.0
-_MANY = 128
+RANGE_OF_HALF = 12.0  # log2 of what probabilities are multiplied by to be float16 numbers
+RANGE = 6.0  # the same for 8 bits, where 448 is the largest
+# log2 of how much larger than 1 probabilities may grow: until then sums stay as they are.
+_PATIENCE = 8.0
+_PATIENCE_IN_8_BITS = 8.8 - RANGE
 
 
 class Scales(NamedTuple):
@@ -54,8 +53,8 @@ def shift_of(scale: Any, largest: Any) -> Any:
 
     `RANGE`, less where that is smaller than the largest of the head.
     """
-    # What is raised by less than -RANGE is zero as an 8-bit number.
-    return jnp.maximum(jnp.log2(scale) - jnp.log2(largest) + RANGE, -8 * RANGE)
+    # What is raised by so much less is zero as an 8-bit number.
+    return jnp.maximum(jnp.log2(scale) - jnp.log2(largest) + RANGE, -64.0)
 
 
 def scale_at(scales: Any, batch: Any, token: Any, head: Any) -> Any:
@@ -347,6 +346,11 @@ class Forward(Kernel):
         p, c = self.problem, self.config
         return visits.of_rows(p, self.refs.x, work, c.block_q, c.block_kv)
 
+    @property
+    def has_tiles_without_rows(self) -> bool:
+        """Whether consumers have no rows in the last tile of queries."""
+        return -self.problem.T % self.config.block_q >= self.config.rows
+
     def row_count(self, work: Work) -> Any:
         """How many rows see anything, the others being empty whatever their logits; None if all."""
         if self.refs.x.query_lengths is None:
@@ -369,28 +373,33 @@ class Forward(Kernel):
         return self.forms.scaled_parts(self.config, self.problem.operands)
 
     @property
-    def is_patient(self) -> bool:
-        """See `PATIENCE`. 8-bit probabilities have no room to grow; masks by data no registers."""
-        p, can_be = self.problem, self.refs.scales is None and not self.config.turned
-        return p.Hv > _MANY and can_be and not p.masks_by_data
-
-    @property
     def adds_late(self) -> bool:
         """Whether each thread adds up what it has of a row's probabilities, until the tile is done.
 
-        It saves exchanges between threads, and takes two registers.
+        It saves exchanges between threads. Where a tile of scores is turned, all have some anyway.
         """
-        return self.is_patient or self.config.parts > 1
+        return not self.config.turned
 
-    def larger(self, m: jax.Array, candidate: jax.Array) -> jax.Array:
-        """What probabilities are relative to, from what they were and what is the largest now."""
-        if self.is_patient:
-            return mosaic.maximum_if_much(m, candidate, PATIENCE)
-        return jnp.maximum(m, candidate)
+    def is_patient(self, masked: bool) -> bool:
+        """Whether a visit leaves sums as they are until a row has grown by `patience`.
 
-    def decayed(self, o: tuple[jax.Array, ...], decay: jax.Array) -> tuple[jax.Array, ...]:
+        Those that need a mask are few, and their registers are taken; so they are where data may
+        mask them and products overlap. Where a tile of scores is turned, a row is spread over all
+        warps, which would have to agree.
+        """
+        c = self.config
+        return not (masked or c.turned or (c.overlaps and self.problem.masks_by_data))
+
+    @property
+    def patience(self) -> float:
+        """log2 of how much larger than 1 probabilities may grow before sums follow."""
+        return _PATIENCE if self.refs.scales is None else _PATIENCE_IN_8_BITS
+
+    def decayed(
+        self, o: tuple[jax.Array, ...], decay: jax.Array, masked: bool
+    ) -> tuple[jax.Array, ...]:
         """Sums relative to what is the largest now."""
-        if self.is_patient:
+        if self.is_patient(masked):
             return mosaic.scaled_rows(o, decay)
         return tuple(x * self.orientation.spread(decay, x.shape) for x in o)
 

@@ -17,7 +17,7 @@ from pallas_kernels.hopper.kernel import LOG2_E, RANGE_OF_HALF, Forward, Kernel
 class Stats(NamedTuple):
     """Of the scores of the rows so far."""
 
-    m: jax.Array  # [rows] largest, log2, or no less by more than `PATIENCE`
+    m: jax.Array  # [rows] largest, log2, or no less by more than `Forward.patience`
     l: jax.Array  # sum of powers relative to it, see `Orientation.sums`
 
     @classmethod
@@ -74,12 +74,18 @@ class Visit(NamedTuple):
         self, stats: Stats, s: jax.Array, raised: Raised | None = None
     ) -> tuple[Stats, jax.Array, jax.Array]:
         """Takes scores into the statistics; returns the decay of what came before, and P."""
-        scores = self.scores(stats, s, raised)
+        scores, _ = self.scores(stats, s, raised)
         p, sums = scores.probabilities(scores.sums)
         return Stats(scores.m, sums), scores.decay, p
 
-    def scores(self, stats: Stats, s: jax.Array, raised: Raised | None = None) -> "Scores":
-        """What there is before the exponentials."""
+    def scores(
+        self,
+        stats: Stats,
+        s: jax.Array,
+        raised: Raised | None = None,
+        o: tuple[jax.Array, ...] = (),
+    ) -> tuple["Scores", tuple[jax.Array, ...]]:
+        """What there is before the exponentials, and O, decayed."""
         k, units = self.k, (self.k.unit * LOG2_E,)
         assert isinstance(k, Forward)
         side = k.orientation
@@ -87,16 +93,20 @@ class Visit(NamedTuple):
             s = s * side.over(raised.scale, s.shape)
         elif raised is not None:
             units = tuple(units[0] * scale for scale in raised.scale)
-        s = self.logits(s)
-        if raised is not None and k.widens:  # by what may be anything
-            found = side.row_max(s, units, raised.shift) - RANGE_OF_HALF
+        s, m, sums, is_patient = self.logits(s), stats.m, stats.l, k.is_patient(self.masked)
+        if is_patient:
+            over = mosaic.excess(s, units, m + k.patience)
+            m, (sums, *relative) = mosaic.grown(over, s, units, m, (sums, *o))
+            o = tuple(relative)
+        elif raised is not None and k.widens:  # by what may be anything
+            m = jnp.maximum(m, side.row_max(s, units, raised.shift) - RANGE_OF_HALF)
         else:
-            found = side.row_max(s, units, None)
-        m = k.larger(stats.m, found)
+            m = jnp.maximum(m, side.row_max(s, units, None))
         base = jnp.where(m == -math.inf, 0.0, m) if self.masked or k.modifies else m
         decay = jnp.exp2(stats.m - base)
-        sums = side.decayed_sums(stats.l, decay)
-        return Scores(k, self, s, units, raised, m, base, decay, sums)
+        if not is_patient:
+            sums, o = side.decayed_sums(sums, decay), k.decayed(o, decay, self.masked)
+        return Scores(k, self, s, units, raised, m, base, decay, sums), o
 
     def signed(self, p: jax.Array, keys: slice = slice(None)) -> jax.Array:
         """Probabilities, negative where dropout drops them: the mask needs no registers.

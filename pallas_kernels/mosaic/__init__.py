@@ -26,6 +26,7 @@ from jax.experimental.pallas.mosaic_gpu import (
 
 from pallas_kernels.mosaic.atomic import count_up, counter, counters, take_number, wait_count
 from pallas_kernels.mosaic.gather import gather
+from pallas_kernels.mosaic.growth import excess, grown, scaled_rows
 from pallas_kernels.mosaic.interpreter import RaceError, interpreting, is_interpreting
 from pallas_kernels.mosaic.launch import compiler_params, kernel
 from pallas_kernels.mosaic.matmul import (
@@ -78,7 +79,6 @@ from pallas_kernels.mosaic.values import (
     uniform,
     vector_iota,
 )
-from pallas_kernels.mosaic.warps import maximum_if_much, scaled_rows
 from pallas_kernels.mosaic.widen import (
     WIDENED_COLUMNS,
     widened_columns,
@@ -116,9 +116,11 @@ __all__ = [
     "count_up",
     "counter",
     "counters",
+    "excess",
     "fold_parts",
     "full",
     "gather",
+    "grown",
     "interpreting",
     "iota",
     "is_interpreting",
@@ -131,7 +133,6 @@ __all__ = [
     "load_rows",
     "matmul",
     "matrices",
-    "maximum_if_much",
     "narrow_rows",
     "opaque",
     "put",
