@@ -144,19 +144,26 @@ def _by_ranges(problem: Problem, x: Operands, block_q: int, block_kv: int) -> An
     k_low, k_high = (y[:, None, None, :] for y in _extremes(x.key_value_segment_ids, block_kv))
     some = some & (q0 < rows) & (q_low <= k_high) & (k_low <= q_high)
     every = some & every & (q_low == q_high) & (k_low == k_high)
+    return some, every, _seen(band, x, rows, keys, block_q)
+
+
+def _seen(band: spec.Band, x: Operands, rows: Any, keys: Any, block_q: int) -> jax.Array:
+    """Keys that some row sees, [B, 1, S]: each is compared with all runs of rows."""
+    first, stop, low, high = _runs(x.query_segment_ids, rows, block_q)
+    start, end = band.any_keys(first, jnp.maximum(stop, first + 1), keys)
+    runs = jnp.broadcast_arrays(start, jnp.where(first < stop, end, 0), low, high)
+    # Apart from what made them, which would be done again for each key.
+    start, end, low, high = lax.optimization_barrier(runs)
     ids = x.key_value_segment_ids[:, None, None, :]
-    key = jnp.arange(problem.S, dtype=jnp.int32)
-    seen = jnp.zeros((), jnp.bool_)
-    for first, stop, low, high in _runs(x.query_segment_ids, rows, block_q):
-        near, _ = spec.coverage(band, (first, jnp.maximum(stop, first + 1)), (key, key + 1), keys)
-        seen |= jnp.any(near & (first < stop) & (low <= ids) & (ids <= high), axis=2)
-    return some, every, seen
+    key = jnp.arange(ids.shape[-1], dtype=jnp.int32)
+    return jnp.any((start <= key) & (key < end) & (low <= ids) & (ids <= high), axis=2)
 
 
-def _runs(ids: jax.Array, rows: Any, block: int) -> list[tuple[jax.Array, ...]]:
+def _runs(ids: jax.Array, rows: Any, block: int) -> tuple[jax.Array, ...]:
     """Rows of a segment that follow each other in a tile: first, stop, least, greatest segment.
 
-    Each is [B, 1, blocks, 1]; the last one is all that is left, with segments between, too.
+    Each is [B, 1, runs, 1], the runs of all tiles; a tile's last one is all that is left, with
+    segments between, too.
     """
     tiles, limits = _blocks(ids, 1, block, 0), jnp.iinfo(ids.dtype)
     row = jnp.arange(tiles.shape[1] * block, dtype=jnp.int32).reshape(1, -1, block)
@@ -174,9 +181,10 @@ def _runs(ids: jax.Array, rows: Any, block: int) -> list[tuple[jax.Array, ...]]:
             jnp.max(jnp.where(mine, y, limit), axis=-1)
             for y, limit in ((row + 1, 0), (tiles, limits.min))
         )
-        return tuple(y[:, None, :, None] for y in (first, stop, low, high))
+        return first, stop, low, high
 
-    return [found(run) for run in range(_RUNS + 1)]
+    of_runs = zip(*map(found, range(_RUNS + 1)), strict=True)
+    return tuple(jnp.concatenate(y, axis=1)[:, None, :, None] for y in of_runs)
 
 
 def _extremes(ids: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:

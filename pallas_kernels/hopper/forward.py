@@ -9,6 +9,9 @@ tile runs with the first of the next. Where products are short, as of 8 bits, th
 this takes are better spent on a third consumer: each then has one product after the other, and
 starts O += P V of a part of the keys while P of the next part is computed.
 
+P and O are relative to a row's largest score, or to an older one that it does not exceed by much:
+most visits then find that no row has grown, and change neither O nor sums, see `mosaic.growth`.
+
 Shared memory of a block:
 
     q_smem    [q_stages, consumers, rows, H]    filled by the producer
