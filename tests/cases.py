@@ -177,12 +177,27 @@ MASKS = [
         options=_given(key_value_seq_lengths="@keys"),
     ),
     Case(
+        "key_value_lengths_causal",
+        B=(3,),
+        extra={"keys": _LENGTHS["keys"]},
+        options=_given(key_value_seq_lengths="@keys", is_causal=True, local_window_size=(100, 0)),
+    ),
+    Case(
         "lengths_causal",
         B=(3,),
         extra=_LENGTHS,
         options=_given(query_seq_lengths="@rows", key_value_seq_lengths="@keys", is_causal=True),
     ),
     Case("segments", extra=_DOCUMENTS, options=_given(**_BY_DOCUMENT)),
+    Case(
+        "segments_of_one_token",
+        T=1,
+        extra={
+            "q_ids": lambda rng: rng.integers(0, 2, (2, 1), np.int32),
+            "kv_ids": _documents((2, 270), 2),
+        },
+        options=_given(**_BY_DOCUMENT),
+    ),
     Case(
         "segments_causal",
         T=270,

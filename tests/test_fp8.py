@@ -292,13 +292,17 @@ def test_tiles_that_blocks_with_scales_cut(config: hopper.Config, options: Any) 
 
 @pytest.mark.kernel
 @pytest.mark.skipif(not _RUNS_KERNELS, reason="this JAX cannot interpret the kernels")
-@pytest.mark.parametrize("growth", [-0.03, -1.0, -10.0])
-def test_logits_that_grow_with_each_tile(growth: float) -> None:
+@pytest.mark.parametrize(
+    "steps", [(0.09, -0.03, 0), (3, -1, 0), (30, -10, 0), (-10, -8, -40)], ids=str
+)
+def test_logits_that_grow_with_each_tile(steps: tuple[float, float, float]) -> None:
     """Keys are visited from the last to the first: of each block logits are larger, or negative."""
+    first, of_block, of_odd = steps
     query, key, value = (_random(1, n, 1, 64, seed=i) for i, n in enumerate((130, 600, 600)))
-    steps = growth * (jnp.arange(600) // 128 - 3)
-    key = (key * 0.1).at[..., 0].set(steps[:, None].astype(key.dtype))
-    query = (query * 0.1).at[..., 0].set(jnp.linspace(0, 8, 130)[:, None].astype(query.dtype))
+    j = jnp.arange(600)
+    logits = first + of_block * (j // 128) + of_odd * (j % 2)
+    key = (key * 0.1).at[..., 0].set(logits[:, None].astype(key.dtype))
+    query = (query * 0.1).at[..., 0].set(jnp.linspace(4, 8, 130)[:, None].astype(query.dtype))
     rounded = [jaxflash.quantize(x, is_value=i == 2) for i, x in enumerate((query, key, value))]
     config = hopper.Config(consumers=3, stages=3, ping_pong=True, overlaps=False, parts=2)
     with running("hopper"):
@@ -312,6 +316,19 @@ def _error_of_logits(query: jax.Array, key: jax.Array, options: dict[str, Any]) 
     sizes = jnp.einsum("btnh,bsnh->bnts", jnp.abs(query), jnp.abs(key), precision="highest")
     scale = options.get("scale", query.shape[-1] ** -0.5)
     return float(2.0**-13 * abs(scale) * jnp.max(sizes))
+
+
+@pytest.mark.parametrize("backend", [*_HOPPER, "xla", "reference"])
+def test_zeros(backend: Any) -> None:
+    """Blocks of zeros have scales whose product is no zero: -inf * 0 of a hidden key is NaN."""
+    zeros = jnp.zeros((1, 150, 1, 64), jnp.bfloat16)
+    value = _random(1, 150, 1, 64)
+    given = [jaxflash.quantize(x, is_value=i == 2) for i, x in enumerate((zeros, zeros, value))]
+    with running(backend):
+        out = jaxflash.dot_product_attention(*given, is_causal=True, implementation=backend)
+    count = np.arange(1, 151)[:, None, None]
+    mean = np.cumsum(np.asarray(given[2].dequantize(), np.float32), axis=1) / count
+    np.testing.assert_allclose(np.asarray(out, np.float32), mean, atol=0.05)
 
 
 @pytest.mark.parametrize("backend", [*_HOPPER, "xla"])

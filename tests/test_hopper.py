@@ -113,7 +113,7 @@ def test_tiles_of_any_size(H: int, config: hopper.Config, options: dict[str, Any
 
 
 @runs
-@pytest.mark.parametrize("steps", [(0, 0.02), (330, -1.0), (-5, -0.02), (-400, 1.0)], ids=str)
+@pytest.mark.parametrize("steps", [(0, 0.02), (330, -1.0), (-5, -0.02), (-100, -1.0)], ids=str)
 @pytest.mark.parametrize(
     ("H", "config"),
     [
@@ -133,13 +133,9 @@ def test_logits_that_grow(H: int, config: hopper.Config, steps: tuple[float, flo
     q, k, v = _normal(0, 1, 70, 2, H), _normal(1, 1, 330, 1, H), _normal(2, 1, 330, 1, H)
     logits = first + step * jnp.arange(330)
     k = (k * 0.1).at[..., 0].set(logits[:, None].astype(k.dtype))
-    q = (q * 0.1).at[..., 0].set(jnp.linspace(0, 4, 70)[:, None].astype(q.dtype))
-    options = {
-        "is_causal": True,
-        "query_offset": 260,
-        "sinks": jnp.array([3.0, -2.0]),
-        "scale": 0.1,
-    }
+    q = (q * 0.1).at[..., 0].set(jnp.linspace(2, 4, 70)[:, None].astype(q.dtype))
+    q, k, v = (x.astype(jnp.float16) for x in (q, k, v))  # of which 2^16 is too much
+    options: dict[str, Any] = {"is_causal": True, "query_offset": 260, "scale": 0.1}
     with _running():
         out, lse = hopper.forward(*canonicalize(q, k, v, **options), config)
     truth, lse_of_truth = jaxflash.dot_product_attention(

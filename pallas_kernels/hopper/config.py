@@ -18,7 +18,7 @@ REGISTERS = {
 }
 _SMEM_BYTES = 227 * 1024
 _SMEM_REST = 2304  # numbers and barriers
-_FEW_KEYS, _FEW_KEYS_OF_BAND = 256, 1024  # of 8 bits, for which two consumers are faster
+_FEW_KEYS, _FEW_KEYS_OF_BAND = 256, 1536  # of 8 bits, for which two consumers are faster
 _ALIGNMENT = 1024  # of buffers; where rows are few, a piece of Q may end before a multiple of it
 _SMEM_SCALES = 2048  # of elements or pages of 8 bits
 

@@ -160,9 +160,9 @@ def consume_apart(c: Consumer) -> Any:
 def visits_apart(c: Consumer, work: Work, round_: Any, step: Any) -> tuple[Stats, Any, Any]:
     """All visits of a tile of queries, those that need a mask first; the statistics, O, the step.
 
-    In turns, a consumer computes its scores before the next one begins: they are ready one by one,
-    and so are the exponentials. O += P V of a part of the keys runs while that of the next part is
-    computed.
+    In turns, a consumer computes its scores and their maxima before the next one begins: they are
+    ready one by one, and so are the exponentials. O += P V of a part of the keys runs while that of
+    the next part is computed.
     """
     k, r = c.k, c.k.refs
     walk, q_stage = k.walk(work), lax.rem(round_, k.config.q_stages)
@@ -370,7 +370,7 @@ def start_outputs(c: Consumer, step: Any, carry: Carry) -> tuple[jax.Array, ...]
 
 
 def wait_turn(c: Consumer) -> None:
-    """Until the products of the consumers before have started."""
+    """Until the consumers before have passed their turns."""
     if c.k.config.ping_pong:
         mosaic.barrier_wait(c.k.refs.turn.at[c.me])
 

@@ -25,7 +25,7 @@ RANGE_OF_HALF = 12.0  # log2 of what probabilities are multiplied by to be float
 RANGE = 6.0  # the same for 8 bits, where 448 is the largest
 # log2 of how much larger than 1 probabilities may grow: until then sums stay as they are.
 _PATIENCE = 8.0
-_PATIENCE_IN_8_BITS = 8.8 - RANGE
+_PATIENCE_IN_8_BITS = 8.8 - RANGE  # beyond 448, as by rounding, conversions saturate
 
 
 class Scales(NamedTuple):
@@ -371,14 +371,6 @@ class Forward(Kernel):
     def scaled_parts(self) -> int:
         """See `Forms.scaled_parts`."""
         return self.forms.scaled_parts(self.config, self.problem.operands)
-
-    @property
-    def adds_late(self) -> bool:
-        """Whether each thread adds up what it has of a row's probabilities, until the tile is done.
-
-        It saves exchanges between threads. Where a tile of scores is turned, all have some anyway.
-        """
-        return not self.config.turned
 
     def is_patient(self, masked: bool) -> bool:
         """Whether a visit leaves sums as they are until a row has grown by `patience`.

@@ -145,22 +145,18 @@ class Rows(Orientation):
         return mosaic.fold_parts(s, parts, combine)
 
     def no_sums(self) -> jax.Array:
-        if self.k.adds_late:
-            return mosaic.full((self.k.config.rows, mosaic.FOLDED), 0, jnp.float32)
-        return self.vector(0)
+        return mosaic.full((self.k.config.rows, mosaic.FOLDED), 0, jnp.float32)
 
     def sums(self, p: jax.Array, weights: Numbers) -> jax.Array:
-        if len(weights) == 1 and not self.k.adds_late:
-            return jnp.sum(p, axis=1) * weights[0]
+        # A thread adds up what it has of a row until the tile is done: it asks no other.
         p = self.folded(p, len(weights), jnp.add)
-        p = p * self.over(weights, p.shape)
-        return self.folded(p, 1, jnp.add) if self.k.adds_late else jnp.sum(p, axis=1)
+        return self.folded(p * self.over(weights, p.shape), 1, jnp.add)
 
     def decayed_sums(self, sums: jax.Array, decay: jax.Array) -> jax.Array:
-        return sums * (self.spread(decay, sums.shape) if self.k.adds_late else decay)
+        return sums * self.spread(decay, sums.shape)
 
     def totals(self, sums: jax.Array) -> jax.Array:
-        return jnp.sum(sums, axis=1) if self.k.adds_late else sums
+        return jnp.sum(sums, axis=1)
 
     def start_scores(self, q: mosaic.Matrix, k: mosaic.Matrix) -> jax.Array:
         return mosaic.start(q, k, transpose_b=True)

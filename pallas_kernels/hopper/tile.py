@@ -35,8 +35,8 @@ def prepare(
     For a turned tile, bias and mask have keys before rows: a thread reads pairs of columns.
     """
 
-    def cover(y: Any, axis: int, size: int) -> Any:
-        if y is None or y.shape[axis] == 1 or y.shape[axis] == size:
+    def cover(y: Any, axis: int, size: int, *, broadcasts: bool = True) -> Any:
+        if y is None or y.shape[axis] == size or (broadcasts and y.shape[axis] == 1):
             return y
         widths = [(0, size - n if i == axis else 0) for i, n in enumerate(y.shape)]
         return jnp.pad(y, widths)
@@ -49,8 +49,8 @@ def prepare(
     return x._replace(
         bias=matrix(x.bias),
         mask=matrix(mask),
-        query_segment_ids=cover(x.query_segment_ids, 1, rows),
-        key_value_segment_ids=cover(x.key_value_segment_ids, 1, keys),
+        query_segment_ids=cover(x.query_segment_ids, 1, rows, broadcasts=False),
+        key_value_segment_ids=cover(x.key_value_segment_ids, 1, keys, broadcasts=False),
         score_consts=evaluate.flat(x.score_consts),
         mask_consts=evaluate.flat(x.mask_consts),
     )

@@ -15,6 +15,7 @@ import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jaxlib.mlir import ir
@@ -25,6 +26,7 @@ from pallas_kernels.mosaic.dialects import arith, llvm, scf, vector
 _ROWS, _MATRIX, _SPLAT = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA, plgpu.Layout.WG_SPLAT
 _ROWS_OF_WARP = 16
 _HALVES = 2  # a thread has two rows of each 64
+_OF_ROW = 4, 2  # threads that share eight columns of a row, and what each has
 _CHAINS = 2  # of instructions that wait for each other
 _LOWEST = float(np.finfo(np.float32).min)
 
@@ -44,9 +46,10 @@ def excess(s: jax.Array, units: Sequence[Any], limit: jax.Array) -> jax.Array:
       For `grown`: in each thread what it found, NaN for negative limits.
     """
     if interpreter.is_interpreting():
-        parts = jnp.split(s, len(units), axis=1)
-        found = (jnp.max(x, axis=1) * unit for x, unit in zip(parts, units, strict=True))
-        return jnp.where(limit >= 0, functools.reduce(jnp.maximum, found) - limit, math.nan)
+        numbers = lax.bitcast_convert_type(s, jnp.int32).reshape(len(s), len(units), -1, *_OF_ROW)
+        largest = lax.bitcast_convert_type(jnp.max(numbers, axis=(2, 4)), jnp.float32)
+        found = jnp.max(largest * jnp.stack(units)[:, None], axis=(1, 2))
+        return jnp.where(limit >= 0, found - limit, math.nan)
     result = plgpu.ShapeDtypeStruct(limit.shape, jnp.float32, _ROWS)
     types = (_MATRIX, _ROWS, *(_SPLAT for _ in units))
 

@@ -105,7 +105,7 @@ class Band:
 
 def _clip(start: Index, stop: Index, size: int) -> tuple[Index, Index]:
     """``[start, stop)`` within ``[0, size)``, never of negative length."""
-    static = all(isinstance(x, _STATIC | np.ndarray) for x in (start, stop))
+    static = all(isinstance(x, _STATIC | np.ndarray) for x in (start, stop, size))
     xp: Any = np if static else jnp
     start = xp.clip(start, 0, size)
     return start, xp.maximum(start, xp.clip(stop, 0, size))

@@ -16,7 +16,7 @@ DTYPE = np.dtype(jnp.float8_e4m3fn)
 LARGEST = float(jnp.finfo(DTYPE).max)
 FP8 = "fp8"  # the precision that asks for it
 
-LEAST = 2.0**-100  # of scales: those of zeros are no zeros
+LEAST = 2.0**-50  # of scales: those of zeros are no zeros, nor are products of two
 
 
 def scales_of(x: jax.Array, per: str = "block") -> jax.Array:
